@@ -1,0 +1,97 @@
+"""Build the website: execute the notebooks with papermill into a staged copy, then build the Jupyter Book from it."""
+
+from __future__ import annotations
+
+import shutil
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+__all__ = ["BookError", "build", "notebooks_in"]
+
+
+class BookError(Exception):
+    """A step of the build that failed; the message says which and why."""
+
+
+def build(root: Path, profile: str = "quick", data: str = "auto") -> Path:
+    """Execute the book's notebooks and build it.
+
+    Args:
+        root: the project, with ``_config.yml`` and ``_toc.yml``.
+        profile: profile of the live runs in the notebooks.
+        data: data policy of the live runs.
+
+    Returns:
+        The site's first page, ``_build/html/index.html``.
+
+    Raises:
+        BookError: if a notebook or the build fails.
+    """
+    stage = root / "_build" / "stage"
+    shutil.rmtree(stage, ignore_errors=True)
+    for part in ("book", "notebooks"):
+        shutil.copytree(root / part, stage / part, ignore=shutil.ignore_patterns(".ipynb_checkpoints"))
+    shutil.copy(root / "_toc.yml", stage)
+    config = yaml.safe_load((root / "_config.yml").read_text())
+    config["execute"]["execute_notebooks"] = "off"
+    (stage / "_config.yml").write_text(yaml.safe_dump(config, sort_keys=False))
+
+    for name in notebooks_in(root / "_toc.yml"):
+        started = time.monotonic()
+        print(f"executing {name}", flush=True)
+        _execute(root, root / f"{name}.ipynb", stage / f"{name}.ipynb", {"profile": profile, "data": data})
+        print(f"executed {name} in {time.monotonic() - started:.0f} s", flush=True)
+
+    # Warnings are errors: a broken reference or a missing image must not reach a reader.
+    command = [
+        sys.executable,
+        "-m",
+        "jupyter_book",
+        "build",
+        str(stage),
+        "--path-output",
+        str(root),
+        "--all",
+        "-W",
+        "-n",
+    ]
+    command += ["--keep-going", "--quiet"]
+    done = subprocess.run(command, cwd=root)
+    index = root / "_build" / "html" / "index.html"
+    if done.returncode or not index.exists():
+        raise BookError("jupyter-book failed; its messages are above")
+    return index
+
+
+def notebooks_in(toc: Path) -> list[str]:
+    """The notebooks that a table of contents names, without extension, in reading order."""
+
+    def files(node: Any) -> list[str]:
+        if isinstance(node, dict):
+            own = [node["file"]] if "file" in node else []
+            return own + [f for value in node.values() for f in files(value)]
+        return [f for item in node for f in files(item)] if isinstance(node, list) else []
+
+    return [name for name in files(yaml.safe_load(toc.read_text())) if (toc.parent / f"{name}.ipynb").exists()]
+
+
+def _execute(root: Path, source: Path, target: Path, values: dict[str, Any]) -> None:
+    """Execute one notebook in a process of its own; pass those values that it has parameters for."""
+    from papermill import inspect_notebook
+
+    known = inspect_notebook(str(source))
+    chosen = [part for name, value in values.items() if name in known for part in ("-p", name, value)]
+    # A temporary name until it succeeds: papermill writes the output notebook even when its kernel was killed.
+    part = target.with_suffix(".part.ipynb")
+    command = [sys.executable, "-m", "papermill", str(source), str(part), "--cwd", str(root), *chosen]
+    command += ["--kernel", "python3", "--no-progress-bar", "--log-level", "WARNING"]
+    done = subprocess.run(command, capture_output=True, text=True)
+    if done.returncode:
+        error = (done.stderr or done.stdout).strip().splitlines()
+        raise BookError(f"{source.name} failed:\n" + "\n".join(error[-30:]))
+    part.rename(target)

@@ -1,0 +1,166 @@
+"""The theory: where gradient descent and SAM stop being stable.
+
+On a quadratic, in an eigendirection of curvature λ, one step of SAM multiplies the coordinate by
+``1 − η λ (1 + ρ λ/‖g‖)``. The *edge* is the curvature at which this factor reaches −1. Lengths are in parameter
+units, curvatures in loss per parameter², so that η λ has no unit.
+
+Every function takes floats, NumPy arrays or tensors, broadcasts them, and returns a float if all were scalars.
+
+Reference: Long & Bartlett (2024), *Sharpness-Aware Minimization and the Edge of Stability*, arXiv:2309.12488.
+"""
+
+from __future__ import annotations
+
+import sys
+from typing import Any, TypeAlias
+
+import numpy as np
+
+__all__ = ["gd_edge", "growth_factor", "sam_edge", "two_cycle_radius"]
+
+Real: TypeAlias = Any  # float, NumPy array or tensor
+
+
+def gd_edge(learning_rate: Real) -> Real:
+    """Curvature 2/η above which gradient descent is unstable.
+
+    Args:
+        learning_rate: step size η > 0.
+
+    Returns:
+        2/η, in the shape of ``learning_rate``.
+
+    Raises:
+        ValueError: if a learning rate is not a positive finite number.
+
+    Source: Cohen et al. (2021), arXiv:2103.00065, section 1.
+
+    >>> gd_edge(0.5)
+    4.0
+    """
+    _check("learning_rate", learning_rate, positive=True)
+    return _result(2 / _array(learning_rate))
+
+
+def sam_edge(grad_norm: Real, learning_rate: Real, rho: Real) -> Real:
+    """Curvature above which SAM is unstable at a given gradient norm.
+
+    The positive root λ of η λ (1 + ρ λ/‖g‖) = 2:
+
+        sam_edge = ‖g‖/(2ρ) · (√(1 + 8ρ/(η‖g‖)) − 1)
+
+    evaluated as (4/η) · √‖g‖ / (√‖g‖ + √(‖g‖ + 8ρ/η)), which cancels nowhere. It grows with ‖g‖ from 0 to 2/η.
+
+    Args:
+        grad_norm: ‖g‖ ≥ 0, the norm of the gradient at the unperturbed parameters.
+        learning_rate: step size η > 0.
+        rho: radius ρ ≥ 0 of SAM's perturbation. Zero gives :func:`gd_edge`.
+
+    Returns:
+        The edge, in the broadcast shape of the arguments. A NaN gradient norm gives NaN.
+
+    Raises:
+        ValueError: if an argument is out of range.
+
+    Source: Long & Bartlett (2024), the SAM edge of section 2.
+
+    >>> sam_edge(1.0, 0.5, 0.25)
+    2.47213595499958
+    >>> sam_edge(1.0, 0.5, 0.0)
+    4.0
+    """
+    _check("learning_rate", learning_rate, positive=True)
+    _check("rho", rho)
+    _check("grad_norm", grad_norm, allow_nan=True)
+    g, eta, radius = _arrays(grad_norm, learning_rate, rho)
+    xp = _namespace(g, eta, radius)
+    root = xp.sqrt(g)
+    # At ‖g‖ = ρ = 0 the quotient is 0/0; the limit ρ → 0 taken first is 2/η.
+    below = xp.where(radius == 0, xp.ones_like(radius), root + xp.sqrt(g + 8 * radius / eta))
+    return _result(xp.where((radius == 0) & (g == g), 2 / eta, 4 / eta * root / below))
+
+
+def growth_factor(curvature: Real, grad_norm: Real, learning_rate: Real, rho: Real) -> Real:
+    """The factor 1 − η λ (1 + ρ λ/‖g‖) by which a SAM step multiplies an eigen-coordinate of a quadratic.
+
+    Args:
+        curvature: eigenvalue λ of the Hessian.
+        grad_norm: ‖g‖ > 0.
+        learning_rate: step size η > 0.
+        rho: radius ρ ≥ 0; zero gives gradient descent's 1 − η λ.
+
+    Returns:
+        The factor; the step is stable while it lies within (−1, 1).
+
+    Source: Long & Bartlett (2024), section 2.
+
+    >>> growth_factor(4.0, 1.0, 0.5, 0.0)
+    -1.0
+    """
+    _check("learning_rate", learning_rate, positive=True)
+    _check("rho", rho)
+    lam, g, eta, radius = _arrays(curvature, grad_norm, learning_rate, rho)
+    return _result(1 - eta * lam * (1 + radius * lam / g))
+
+
+def two_cycle_radius(curvature: Real, learning_rate: Real, rho: Real) -> Real:
+    """Distance η λ ρ/(2 − η λ) from the minimum at which SAM on a quadratic alternates between two points.
+
+    There ‖g‖ = λ · radius, hence ``sam_edge(‖g‖, η, ρ) = λ`` exactly, although λ never moves.
+
+    Args:
+        curvature: eigenvalue 0 < λ < 2/η.
+        learning_rate: step size η > 0.
+        rho: radius ρ ≥ 0.
+
+    Raises:
+        ValueError: if λ is not within (0, 2/η): there is no cycle then.
+
+    Source: Bartlett, Long & Bousquet (2023), arXiv:2210.01513, and the theory page of the book.
+
+    >>> two_cycle_radius(2.0, 0.5, 0.1)
+    0.1
+    """
+    _check("learning_rate", learning_rate, positive=True)
+    _check("rho", rho)
+    _check("curvature", curvature, positive=True)
+    lam, eta, radius = _arrays(curvature, learning_rate, rho)
+    if not bool((eta * lam < 2).all()):
+        raise ValueError(f"curvature must lie below 2/learning_rate for a 2-cycle to exist, got {curvature!r}")
+    return _result(eta * lam * radius / (2 - eta * lam))
+
+
+def _namespace(*values: Any) -> Any:
+    """PyTorch if any argument is a tensor, else NumPy. A tensor can only exist once torch is imported."""
+    torch = sys.modules.get("torch")
+    return torch if torch is not None and any(isinstance(v, torch.Tensor) for v in values) else np
+
+
+def _array(value: Any) -> Any:
+    return value if _namespace(value) is not np else np.asarray(value, dtype=np.float64)
+
+
+def _arrays(*values: Any) -> tuple[Any, ...]:
+    """All arguments in one namespace, broadcast against each other."""
+    torch = _namespace(*values)
+    if torch is np:
+        return tuple(np.broadcast_arrays(*map(_array, values)))
+    tensors = [v for v in values if isinstance(v, torch.Tensor)]
+    like = next((t for t in tensors if t.is_floating_point()), tensors[0].to(torch.get_default_dtype()))
+    return tuple(torch.broadcast_tensors(*(torch.as_tensor(v, dtype=like.dtype, device=like.device) for v in values)))
+
+
+def _result(value: Any) -> Any:
+    return float(value) if isinstance(value, np.ndarray | np.generic) and value.ndim == 0 else value
+
+
+def _check(name: str, value: Any, *, positive: bool = False, allow_nan: bool = False) -> None:
+    x = _array(value)
+    good = (x > 0) if positive else (x >= 0)
+    if allow_nan:
+        good = good | (x != x)
+    else:
+        good = good & (x < float("inf"))
+    if not bool(good.all()):
+        allowed = "positive and finite" if positive else "non-negative" + ("" if allow_nan else " and finite")
+        raise ValueError(f"{name} must be {allowed}, got {value!r}")

@@ -1,0 +1,257 @@
+"""The three experiments: what a run is configured by, and the data, model and loss that a configuration means."""
+
+from __future__ import annotations
+
+import hashlib
+import itertools
+import json
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Annotated, Any, Literal
+
+import torch
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
+from torch import Tensor
+from torch.nn import functional as F
+
+from .datasets import Dataset, DataPolicy, load_dataset
+from .models import CNN, MLP, Transformer
+from .objective import Loss, Objective, flatten_parameters
+
+__all__ = ["EXPERIMENTS", "PROFILES", "Experiment", "RunConfig", "grid", "profile_settings"]
+
+RECORD_VERSION = 1  # part of a run's id; raise it when the same configuration would be recorded differently
+
+EXPERIMENTS = ("mnist", "cifar10", "shakespeare")
+PROFILES = ("quick", "reduced", "paper")
+
+# What each profile fixes. `width` is the hidden width (MLP), the first block's channels (CNN: width, 2·width) or the
+# model size (Transformer); `depth` counts linear layers, convolution blocks or Transformer blocks.
+_SETTINGS: dict[str, dict[str, dict[str, Any]]] = {
+    "mnist": {
+        "quick": {"examples": 1000, "width": 200, "depth": 4, "steps": 600, "measure_every": 25},
+        "reduced": {"examples": 1000, "width": 200, "depth": 4, "steps": 1500, "measure_every": 25},
+        "paper": {"examples": None, "width": 1000, "depth": 4, "steps": 4000, "measure_every": 20},
+    },
+    "cifar10": {
+        "quick": {"examples": 200, "width": 8, "depth": 2, "steps": 150, "measure_every": 10},
+        "reduced": {"examples": 1000, "width": 16, "depth": 2, "steps": 200, "measure_every": 10},
+        "paper": {"examples": 1000, "width": 16, "depth": 2, "steps": 5000, "measure_every": 25},
+    },
+    "shakespeare": {
+        "quick": {"width": 32, "depth": 2, "heads": 2, "batch_size": 32, "steps": 200, "measure_every": 10},
+        "reduced": {"width": 64, "depth": 2, "heads": 4, "batch_size": 32, "steps": 800, "measure_every": 20},
+        "paper": {"width": 128, "depth": 6, "heads": 8, "batch_size": 128, "steps": 10_000, "measure_every": 50},
+    },
+}
+_LANGUAGE = {"examples": None, "sequence_length": 64}
+_CHUNK = {"mnist": 10_000, "cifar10": 100, "shakespeare": 128}  # examples at a time; the CNN's fits the cache
+_RETAIN = 20_000  # most examples whose gradient graph is kept between Hessian–vector products
+
+
+def profile_settings(experiment: str, profile: str) -> dict[str, Any]:
+    """The settings that a profile fixes for an experiment, each of which a :class:`RunConfig` may override."""
+    language = _LANGUAGE if experiment == "shakespeare" else {}
+    return {**language, **_SETTINGS[experiment][profile]}
+
+
+def _number(value: Any) -> Any:
+    """YAML reads ``1e-3`` as a string; accept it, and nothing else, as the number it means."""
+    if isinstance(value, str):
+        try:
+            return float(value)
+        except ValueError:
+            return value
+    return value
+
+
+Positive = Annotated[float, BeforeValidator(_number), Field(gt=0, allow_inf_nan=False)]
+NonNegative = Annotated[float, BeforeValidator(_number), Field(ge=0, allow_inf_nan=False)]
+Count = Annotated[int, BeforeValidator(_number), Field(ge=1)]
+
+
+class RunConfig(BaseModel):
+    """Everything that determines a run. Frozen; settings left out come from the experiment's profile.
+
+    Attributes:
+        experiment: "mnist", "cifar10" or "shakespeare".
+        profile: "quick", "reduced" or "paper": the scale, and the defaults of the settings below.
+        learning_rate: η > 0.
+        rho: ρ ≥ 0; zero is gradient descent (or SGD, with mini-batches).
+        seed: of the initial weights and the mini-batches.
+        steps: number of updates.
+        measure_every: steps between measurements; the first and the last point are always measured.
+        examples: training examples or sequences, from the first on; None for all.
+        width, depth: size of the network, see the models.
+        heads, sequence_length, batch_size: of the Transformer experiment; None elsewhere (full batch).
+        eigenvalues: number of leading eigenvalues recorded.
+        tolerance: relative residual of the eigenpairs.
+        dtype: "float32" or "float64".
+        device: "cpu", "cuda" or "auto" (resolved on creation).
+        data: "auto", "real" or "standin", see :func:`samlib.load_dataset`. Not part of a run's identity: the
+            fingerprint of the data that was used is.
+
+    Raises:
+        pydantic.ValidationError: naming each bad field, what was given and what is allowed.
+
+    >>> RunConfig(experiment="mnist", learning_rate=0.3, rho=0.1).steps
+    600
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    experiment: Literal["mnist", "cifar10", "shakespeare"]
+    profile: Literal["quick", "reduced", "paper"] = "quick"
+    learning_rate: Positive
+    rho: NonNegative
+    seed: Annotated[int, BeforeValidator(_number), Field(ge=0, lt=2**31)] = 0
+    steps: Count
+    measure_every: Count
+    examples: Count | None
+    width: Count
+    depth: Count
+    heads: Count | None = None
+    sequence_length: Count | None = None
+    batch_size: Count | None = None
+    eigenvalues: Annotated[int, Field(ge=1, le=20)] = 1
+    tolerance: Annotated[Positive, Field(lt=1)] = 3e-3
+    dtype: Literal["float32", "float64"] = "float32"
+    device: Literal["cpu", "cuda"] = "cpu"
+    data: DataPolicy = "auto"
+
+    @model_validator(mode="before")
+    @classmethod
+    def _fill_in(cls, given: Any) -> Any:
+        if not isinstance(given, dict):
+            return given
+        given = {name: value for name, value in given.items() if value is not None or name == "examples"}
+        if given.get("device", "auto") == "auto":
+            given["device"] = "cuda" if torch.cuda.is_available() else "cpu"
+        experiment, profile = given.get("experiment"), given.get("profile", "quick")
+        if experiment in EXPERIMENTS and profile in PROFILES:
+            return {**profile_settings(experiment, profile), **given}
+        # Nothing sensible can be filled in: keep the report to the names that are wrong.
+        return {**profile_settings("mnist", "quick"), **given}
+
+    @model_validator(mode="after")
+    def _fits_together(self) -> RunConfig:
+        language = self.experiment == "shakespeare"
+        for name in ("heads", "sequence_length", "batch_size"):
+            if not language and getattr(self, name) is not None:
+                raise ValueError(f"{name} belongs to the shakespeare experiment; leave it out for {self.experiment}")
+        return self
+
+    def identity(self, fingerprint: str) -> str:
+        """The run's id: 16 hexadecimal digits of SHA-256 over the configuration, the data's fingerprint and the
+        version of the record. The same configuration and data have the same id on every machine."""
+        settings = {**self.model_dump(exclude={"data"}), "fingerprint": fingerprint, "record": RECORD_VERSION}
+        return hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()[:16]
+
+    def load_dataset(self) -> Dataset:
+        """The data set this configuration asks for."""
+        return load_dataset(self.experiment, self.examples, self.data, self.sequence_length or 64)
+
+
+def grid(
+    experiment: str, learning_rates: Iterable[float], rhos: Iterable[float], seeds: Iterable[int], **settings: Any
+) -> list[RunConfig]:
+    """The configurations of all combinations of learning rate, rho and seed; settings that are None are left out."""
+    given = {name: value for name, value in settings.items() if value is not None}
+    points = itertools.product(learning_rates, rhos, seeds)
+    return [
+        RunConfig(**{"experiment": experiment, "learning_rate": rate, "rho": rho, "seed": seed, **given})
+        for rate, rho, seed in points
+    ]
+
+
+def mean_squared_error(outputs: Tensor, targets: Tensor) -> Tensor:
+    """Mean over examples and classes of (output − target)², without a factor ½."""
+    return (outputs - targets).square().mean()
+
+
+def cross_entropy(logits: Tensor, tokens: Tensor) -> Tensor:
+    """Mean over positions of −log p(token), in nats; logits (B, T, V), tokens (B, T)."""
+    return F.cross_entropy(logits.flatten(0, 1), tokens.flatten())
+
+
+@dataclass
+class Experiment:
+    """A configuration made concrete: initial parameters, the training objective at each step, and the test metric."""
+
+    config: RunConfig
+    dataset: Dataset
+
+    def __post_init__(self) -> None:
+        config, x = self.config, self.dataset.train_inputs
+        if config.device == "cuda":
+            torch.backends.cudnn.allow_tf32 = torch.backends.cuda.matmul.allow_tf32 = False
+        dtype = getattr(torch, config.dtype)
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(config.seed)
+            if config.experiment == "mnist":
+                model: torch.nn.Module = MLP(x[0].numel(), config.width, config.depth)
+            elif config.experiment == "cifar10":
+                image = (x.shape[1], x.shape[2], x.shape[3])
+                model = CNN(image, tuple(config.width * 2**block for block in range(config.depth)))
+            else:
+                assert config.heads and config.sequence_length
+                model = Transformer(128, config.sequence_length, config.width, config.depth, config.heads)
+        self.model = model.to(config.device, dtype)
+        self.loss: Loss = cross_entropy if config.experiment == "shakespeare" else mean_squared_error
+        self._train = tuple(self._move(t) for t in (self.dataset.train_inputs, self.dataset.train_targets))
+        self._full = self._objective(*self._train) if config.batch_size is None else None
+        self._epoch, self._order = -1, torch.empty(0)
+        if config.batch_size is not None and config.batch_size > len(x):
+            raise ValueError(f"batch_size {config.batch_size} exceeds the {len(x)} training examples")
+
+    def _move(self, tensor: Tensor) -> Tensor:
+        dtype = getattr(torch, self.config.dtype) if tensor.is_floating_point() else tensor.dtype
+        return tensor.to(self.config.device, dtype)
+
+    def _objective(self, inputs: Tensor, targets: Tensor) -> Objective:
+        chunk = _CHUNK[self.config.experiment]
+        return Objective(self.model, self.loss, inputs, targets, chunk_size=chunk, retain_graph=len(inputs) <= _RETAIN)
+
+    def initial_parameters(self) -> Tensor:
+        """w at step 0, shape (P,)."""
+        return flatten_parameters(self.model)
+
+    def objective(self, step: int) -> Objective:
+        """What the update of this step descends on: the full batch, or the step's mini-batch.
+
+        Mini-batches run through a fresh permutation of the training set in each epoch. They are a function of seed
+        and step alone, so that the step is all the sampler's state a checkpoint needs.
+        """
+        if self._full is not None:
+            return self._full
+        size = self.config.batch_size
+        assert size is not None
+        batches = len(self._train[0]) // size
+        epoch, position = divmod(step, batches)
+        if epoch != self._epoch:
+            generator = torch.Generator().manual_seed(self.config.seed * 1_000_003 + epoch)
+            self._epoch, self._order = epoch, torch.randperm(len(self._train[0]), generator=generator)
+        chosen = self._order[position * size : (position + 1) * size].to(self._train[0].device)
+        return self._objective(self._train[0][chosen], self._train[1][chosen])
+
+    def evaluation_objective(self) -> Objective | None:
+        """With mini-batches, a fixed larger batch: the first four batches' worth of training examples; else None."""
+        if self.config.batch_size is None:
+            return None
+        size = min(4 * self.config.batch_size, len(self._train[0]))
+        return self._objective(*(t[:size] for t in self._train))
+
+    @torch.no_grad()
+    def test_metric(self, params: Tensor) -> float:
+        """Test error (a fraction of wrong labels), or the test loss in nats per character of the language model."""
+        total, count = 0.0, 0
+        full = self._objective(*self._train)
+        chunks = zip(self.dataset.test_inputs.split(250), self.dataset.test_targets.split(250), strict=True)
+        for inputs, targets in chunks:
+            outputs, targets = full.forward(params, self._move(inputs)), targets.to(params.device)
+            if self.config.experiment == "shakespeare":
+                total += float(cross_entropy(outputs, targets)) * len(targets)
+            else:
+                total += float((outputs.argmax(1) != targets).sum())
+            count += len(targets)
+        return total / count

@@ -1,0 +1,504 @@
+"""The paper's figures, from recorded runs, as inline SVG that follows the page's theme.
+
+Each function returns a :class:`Figure`: a picture with alternative text, its data as CSV, and the runs behind it.
+One colour means one quantity everywhere; the palette is safe for colour-blind readers and holds on light and dark.
+"""
+
+from __future__ import annotations
+
+import base64
+import html
+import io
+import re
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import matplotlib as mpl
+import matplotlib.lines
+import matplotlib.ticker
+import numpy as np
+import pandas as pd
+import seaborn as sns
+from IPython.display import HTML
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure as Canvas
+
+from .runs import Run
+
+__all__ = [
+    "COLOURS",
+    "Figure",
+    "alignments",
+    "banner",
+    "drawing",
+    "edge_ratios",
+    "eigenvalues",
+    "final_table",
+    "headline",
+    "larger",
+    "losses",
+    "norms_and_edges",
+    "render",
+    "standard",
+    "tidy",
+    "with_spectrum",
+]
+
+_FOREGROUND = "#010203"  # becomes the page's text colour
+
+COLOURS = {
+    "operator_norm": "#3a87c8",
+    "sam_edge": "#e2661a",
+    "gd_edge": "#8a8a8a",
+    "loss": "#1b9e77",
+    "test_metric": "#1b9e77",
+    "grad_alignment": "#a08a1f",
+    "sam_grad_alignment": "#b55fa8",
+}
+LABELS = {
+    "operator_norm": "operator norm ‖H‖",
+    "sam_edge": "SAM edge",
+    "gd_edge": "GD edge 2/η",
+    "loss": "training loss",
+    "grad_alignment": "gradient",
+    "sam_grad_alignment": "SAM gradient",
+    "edge_ratio": "‖H‖ / edge",
+}
+_STYLE = {
+    **{key: _FOREGROUND for key in ("text.color", "axes.labelcolor", "axes.edgecolor", "xtick.color", "ytick.color")},
+    "figure.facecolor": "none",
+    "axes.facecolor": "none",
+    "savefig.facecolor": "none",
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "axes.grid": True,
+    "grid.color": _FOREGROUND,
+    "grid.alpha": 0.12,
+    "grid.linewidth": 0.6,
+    "font.size": 10,
+    "axes.titlesize": 10,
+    "lines.linewidth": 1.6,
+    "svg.fonttype": "none",
+    "axes.formatter.use_mathtext": False,
+    "axes.unicode_minus": True,
+}
+
+
+@dataclass(frozen=True)
+class Figure:
+    """A picture for a notebook or a page; shown as HTML.
+
+    Attributes:
+        svg: the drawing.
+        alt: what it shows, for readers who cannot see it.
+        caption: the line under it.
+        data: what is drawn, one row per point.
+        runs: the runs behind it.
+        name: file name of the data, without extension.
+    """
+
+    svg: str
+    alt: str
+    caption: str
+    data: pd.DataFrame
+    runs: tuple[Run, ...]
+    name: str
+
+    def _repr_html_(self) -> str:
+        csv = base64.b64encode(self.data.to_csv(index=False, float_format="%.6g").encode()).decode()
+        ids = ", ".join(f"<code>{run.id}</code>" for run in self.runs)
+        commands = sorted({command(run) for run in self.runs})
+        shown = "\n".join(commands[:3]) + (f"\n… and {len(commands) - 3} more" if len(commands) > 3 else "")
+        origin = (
+            f"<details><summary>{len(self.runs)} runs behind this figure</summary>"
+            f"<p>{ids}</p><pre>{html.escape(shown)}</pre></details>"
+            if self.runs
+            else ""
+        )
+        link = f'<a download="{self.name}.csv" href="data:text/csv;base64,{csv}">Data (CSV)</a>'
+        return (
+            f'<figure class="samlib-figure"><div style="overflow-x:auto">{self.svg}</div>'
+            f"<figcaption><p>{self.caption}</p>{link}{origin}</figcaption></figure>"
+        )
+
+
+def command(run: Run) -> str:
+    """The command that reproduces a run."""
+    from .experiments import profile_settings
+
+    config = run.config
+    text = (
+        f"samlib run {config.experiment} --profile {config.profile} --learning-rate {config.learning_rate:g} "
+        f"--rho {config.rho:g} --seed {config.seed}"
+    )
+    usual = profile_settings(config.experiment, config.profile)
+    changed = {k: v for k, v in config.model_dump().items() if k in usual and v != usual[k]}
+    if config.eigenvalues != 1:
+        changed["eigenvalues"] = config.eigenvalues
+    return text + "".join(f" --set {name}={value}" for name, value in changed.items())
+
+
+def render(canvas: Canvas, alt: str) -> str:
+    """A Matplotlib figure as inline SVG: transparent, in the page's text colour, with an accessible name."""
+    buffer = io.StringIO()
+    with mpl.rc_context({"svg.hashsalt": alt}):
+        canvas.savefig(buffer, format="svg", bbox_inches="tight", pad_inches=0.05, metadata={"Date": None})
+    svg = buffer.getvalue()
+    svg = svg[svg.index("<svg") :].replace(_FOREGROUND, "currentColor")
+    svg = re.sub(r"<metadata>.*?</metadata>", "", svg, flags=re.DOTALL)
+    width = int(canvas.get_figwidth() * 72)
+    opening = re.match(r"<svg[^>]*>", svg)
+    assert opening
+    box = re.search(r'viewBox="[^"]*"', opening[0])
+    assert box
+    label = html.escape(alt, quote=True)
+    head = f'<svg role="img" aria-label="{label}" {box[0]} style="width:100%;min-width:{min(width, 640)}px;height:auto"'
+    head += ' xmlns="http://www.w3.org/2000/svg" xmlns:xlink="http://www.w3.org/1999/xlink">'
+    return re.sub(r"\n\s*", "\n", head + svg[opening.end() :])
+
+
+def standard(runs: Sequence[Run], profile: str = "reduced") -> list[Run]:
+    """The runs of a profile with its own settings: those that make up the published grid."""
+    return [run for run in runs if run.config.profile == profile and "--set" not in command(run)]
+
+
+def with_spectrum(runs: Sequence[Run]) -> list[Run]:
+    """The runs that recorded more than one eigenvalue."""
+    return [run for run in runs if run.config.eigenvalues > 1]
+
+
+def larger(runs: Sequence[Run]) -> list[Figure]:
+    """One figure for each group of runs whose network or data differ from their profile's."""
+    groups: dict[str, list[Run]] = {}
+    for run in runs:
+        sizes = command(run).partition(" --set ")[2]
+        if sizes and run.config.eigenvalues == 1:
+            groups.setdefault(sizes, []).append(run)
+    return [norms_and_edges(group) for group in groups.values()]
+
+
+def banner(*groups: Sequence[Run]) -> HTML:
+    """A warning for the top of a page if any run used stand-in data; nothing otherwise."""
+    names = sorted({run.provenance["dataset"] for runs in groups for run in runs if run.provenance["standin"]})
+    text = "".join(
+        '<div class="admonition warning"><p class="admonition-title">Stand-in data</p>'
+        f"<p>The real data set could not be had, so the live runs below used the {html.escape(name)}. "
+        "They show that the code works and do not count as results.</p></div>"
+        for name in names
+    )
+    return HTML(text)
+
+
+def tidy(runs: Sequence[Run], *columns: str) -> pd.DataFrame:
+    """Chosen columns of several runs in one table, with the run's id, learning rate, rho and seed on every row."""
+    frames = [
+        run.measurements.reindex(columns=["step", *columns]).assign(
+            run_id=run.id, learning_rate=run.config.learning_rate, rho=run.config.rho, seed=run.config.seed
+        )
+        for run in runs
+    ]
+    return pd.concat(frames, ignore_index=True)
+
+
+def norms_and_edges(runs: Sequence[Run], gd: bool = True) -> Figure:
+    """Operator norm with the SAM edge, and with 2/η if ``gd``: figures (a) and (b) of the paper."""
+    quantities = ["operator_norm", "sam_edge", *(["gd_edge"] if gd else [])]
+    shown = list(runs) if gd else [run for run in runs if run.config.rho > 0]
+    names = "operator norm of the Hessian, the SAM edge" + (" and the GD edge 2/η" if gd else "")
+    return _panels(
+        shown,
+        quantities,
+        name="norms_and_edges" if gd else "norms_and_sam_edge",
+        ylabel="curvature",
+        log=True,
+        alt=f"Line charts of {names} during training",
+        caption="Operator norm and edges through training. "
+        + ("At ρ = 0 the two edges coincide." if gd else "The same without 2/η, each panel on its own scale."),
+        share_y="all" if gd else False,
+    )
+
+
+def alignments(runs: Sequence[Run]) -> Figure:
+    """|cos| of the gradient and of the SAM gradient with the principal eigenvector: figure (c) of the paper."""
+    return _panels(
+        [run for run in runs if run.config.rho > 0],
+        ["grad_alignment", "sam_grad_alignment"],
+        name="alignments",
+        ylabel="|cos| with principal eigenvector",
+        log=False,
+        alt="Line charts of the alignment of the gradient and of the SAM gradient with the principal eigenvector",
+        caption="Alignment with the principal eigenvector. The SAM gradient is the one at the perturbed point.",
+        share_y="all",
+    )
+
+
+def losses(runs: Sequence[Run]) -> Figure:
+    """Training loss: figure (d) of the paper."""
+    return _panels(
+        list(runs),
+        ["loss"],
+        name="losses",
+        ylabel="training loss",
+        log=True,
+        alt="Line charts of the training loss",
+        caption="Training loss.",
+        share_y="all",
+    )
+
+
+def eigenvalues(runs: Sequence[Run]) -> Figure:
+    """The leading eigenvalues recorded for each run, with its edge."""
+    count = max(run.config.eigenvalues for run in runs)
+    names = [f"eigenvalue_{i + 1}" for i in range(count)]
+    palette = sns.light_palette(COLOURS["operator_norm"], count + 1, reverse=True)[:count]
+    colours = dict(zip(names, map(mpl.colors.to_hex, palette), strict=True))
+    return _panels(
+        list(runs),
+        [*names, "sam_edge"],
+        name="eigenvalues",
+        ylabel="curvature",
+        log=True,
+        alt=f"Line charts of the {count} largest eigenvalues and the SAM edge",
+        caption=f"The {count} largest eigenvalues of the Hessian, and the SAM edge.",
+        share_y=False,
+        colours=colours,
+        labels={name: f"λ{'₁₂₃₄₅₆₇₈₉'[i]}" for i, name in enumerate(names)},
+    )
+
+
+def edge_ratios(runs: Sequence[Run]) -> Figure:
+    """``edge_ratio`` through training for a whole grid: one panel per learning rate, one line per ρ."""
+    shown = _sorted(runs)
+    rates = sorted({run.config.learning_rate for run in shown})
+    rhos = sorted({run.config.rho for run in shown})
+    tones = {0.0: COLOURS["gd_edge"]} | {
+        rho: mpl.colors.to_hex(c)
+        for rho, c in zip([r for r in rhos if r], sns.color_palette("flare", sum(r > 0 for r in rhos)), strict=True)
+    }
+    data = tidy(shown, "edge_ratio")
+    with mpl.rc_context(_STYLE):
+        canvas = Canvas(figsize=(3.4 * len(rates) + 0.6, 3), layout="constrained")
+        axes = canvas.subplots(1, len(rates), squeeze=False, sharey=True)[0]
+        for axis, rate in zip(axes, rates, strict=True):
+            part = data[data.learning_rate == rate]
+            for rho in rhos:
+                _band(axis, part[part.rho == rho], "edge_ratio", tones[rho])
+            axis.axhline(1, color=_FOREGROUND, linewidth=0.8, linestyle=(0, (4, 3)))
+            axis.set(title=f"η = {rate:g}", xlabel="step", yscale="log")
+            _plain_log(axis)
+        axes[0].set_ylabel(LABELS["edge_ratio"])
+        _key(canvas, {f"ρ = {rho:g}" + (" (GD)" if rho == 0 else ""): tones[rho] for rho in rhos})
+        alt = "Line charts of the operator norm divided by the edge during training, for every run of the grid"
+        svg = render(canvas, f"{alt}. {_where(shown)}")
+    caption = (
+        "Operator norm divided by the edge (the SAM edge; 2/η for ρ = 0). At 1, training is at the edge of stability."
+    )
+    return Figure(svg, alt, caption + _bands_note(shown), data, tuple(shown), "edge_ratios")
+
+
+def final_table(runs: Sequence[Run]) -> pd.DataFrame:
+    """Final loss, sharpness and test metric per (η, ρ): mean over seeds ± half the range."""
+    rows = []
+    for (rate, rho), group in _groups(runs):
+        row: dict[str, object] = {"η": f"{rate:g}", "ρ": f"{rho:g}", "seeds": len(group)}
+        finished = [run for run in group if run.outcome == "finished"]
+        row["diverged"] = len(group) - len(finished)
+        language = group[0].config.experiment == "shakespeare"
+        columns = {
+            "loss": "training loss",
+            "operator_norm": "‖H‖",
+            "edge_ratio": "‖H‖ / edge",
+            "test_metric": "test loss" if language else "test error",
+        }
+        for column, label in columns.items():
+            values = np.array([run.last[column] for run in finished])
+            spread = f" ± {np.ptp(values) / 2:.2g}" if len(values) > 1 else ""
+            row[label] = f"{values.mean():.4g}{spread}" if len(values) else "–"
+        rows.append(row)
+    return pd.DataFrame(rows)
+
+
+def drawing(
+    draw: Callable[[Canvas], pd.DataFrame],
+    size: tuple[float, float],
+    name: str,
+    alt: str,
+    caption: str,
+    runs: Sequence[Run] = (),
+) -> Figure:
+    """A figure of one's own in the book's style.
+
+    Args:
+        draw: draws on an empty Matplotlib figure and returns what it drew as a table.
+        size: width and height in inches.
+        name: file name of the data, without extension.
+        alt: what the picture shows.
+        caption: the line under it.
+        runs: the runs behind it, if any.
+    """
+    with mpl.rc_context(_STYLE):
+        canvas = Canvas(figsize=size, layout="constrained")
+        data = draw(canvas)
+        svg = render(canvas, alt)
+    return Figure(svg, alt, caption, data, tuple(runs), name)
+
+
+def headline(run: Run) -> Figure:
+    """One run large, with names on the curves: the picture that tells the story."""
+    frame = tidy([run], "operator_norm", "sam_edge", "gd_edge")
+
+    def draw(canvas: Canvas) -> pd.DataFrame:
+        axis = canvas.subplots()
+        for quantity in ("gd_edge", "sam_edge", "operator_norm"):
+            dash = (0, (5, 2)) if quantity == "gd_edge" else "-"
+            axis.plot(frame.step, frame[quantity], color=COLOURS[quantity], linestyle=dash, linewidth=2.4)
+        axis.set(yscale="log", xlabel="step", ylabel="curvature")
+        _plain_log(axis)
+        middle = len(frame) // 2
+        for quantity, offset in (("gd_edge", 6), ("operator_norm", 8), ("sam_edge", -16)):
+            axis.annotate(
+                LABELS[quantity],
+                (frame.step[middle], frame[quantity][middle]),
+                (0, offset),
+                textcoords="offset points",
+                color=COLOURS[quantity],
+                weight="bold",
+                ha="center",
+                fontsize=11,
+            )
+        return frame
+
+    config, last = run.config, run.last
+    alt = (
+        f"During SAM training on {config.experiment} the operator norm of the Hessian meets the SAM edge and falls with "
+        f"it to {last.operator_norm:.2g}, far below the gradient-descent edge {last.gd_edge:.2g}"
+    )
+    caption = (
+        f"{config.experiment}, η = {config.learning_rate:g}, ρ = {config.rho:g}, seed {config.seed}, profile "
+        f"{config.profile}: at step {last.step:.0f} the ratio of operator norm and SAM edge is {last.edge_ratio:.2f}, "
+        f"and 2/η is {last.gd_edge / last.sam_edge:.1f} times the SAM edge."
+    )
+    return drawing(draw, (7, 3.4), "headline", alt, caption, [run])
+
+
+def _panels(
+    runs: list[Run],
+    quantities: list[str],
+    *,
+    name: str,
+    ylabel: str,
+    log: bool,
+    alt: str,
+    caption: str,
+    share_y: str | bool,
+    colours: dict[str, str] | None = None,
+    labels: dict[str, str] | None = None,
+) -> Figure:
+    """One panel per (η, ρ), learning rates down and rhos across, as the paper lays them out."""
+    if not runs:
+        raise ValueError("no runs to draw: the grid has no run of the kind this figure shows")
+    shown = _sorted(runs)
+    colours, labels = {**COLOURS, **(colours or {})}, {**LABELS, **(labels or {})}
+    groups = dict(_groups(shown))
+    rates, rhos = (sorted({key[i] for key in groups}) for i in (0, 1))
+    data = tidy(shown, *quantities)
+    with mpl.rc_context(_STYLE):
+        size = (max(2.5 * len(rhos) + 0.7, 4.6), 1.9 * len(rates) + 0.8)
+        canvas = Canvas(figsize=size, layout="constrained")
+        axes = canvas.subplots(len(rates), len(rhos), squeeze=False, sharex=True, sharey=share_y)
+        for (i, rate), (j, rho) in ((a, b) for a in enumerate(rates) for b in enumerate(rhos)):
+            axis: Axes = axes[i][j]
+            axis.set_title(f"η = {rate:g}, ρ = {rho:g}")
+            group = groups.get((rate, rho))
+            if group is None:
+                axis.set_axis_off()
+                continue
+            part = data[(data.learning_rate == rate) & (data.rho == rho)]
+            for quantity in quantities:
+                _band(axis, part, quantity, colours[quantity])
+            diverged = [run for run in group if run.outcome == "diverged"]
+            if diverged:
+                steps = ", ".join(f"{run.last.step:.0f}" for run in diverged)
+                note = f"{len(diverged)} of {len(group)} diverged\n(step {steps})"
+                axis.text(0.97, 0.95, note, transform=axis.transAxes, ha="right", va="top", fontsize=8)
+            if log:
+                axis.set_yscale("log")
+                _plain_log(axis)
+            else:
+                axis.set_ylim(0, 1)
+        for axis in axes[-1]:
+            axis.set_xlabel("step")
+        for row in axes:
+            row[0].set_ylabel(ylabel)
+        _key(canvas, {labels[quantity]: colours[quantity] for quantity in quantities})
+        svg = render(canvas, f"{alt}. {_where(shown)}")
+    return Figure(svg, alt, caption + _bands_note(shown), data, tuple(shown), name)
+
+
+def _band(axis: Axes, data: pd.DataFrame, quantity: str, colour: str) -> None:
+    """Median over seeds as a line, their range as a band."""
+    dashed = {"linestyle": (0, (5, 2))} if quantity == "gd_edge" else {}
+    sns.lineplot(
+        data=data[np.isfinite(data[quantity])],
+        x="step",
+        y=quantity,
+        estimator="median",
+        errorbar=("pi", 100),
+        color=colour,
+        err_kws={"alpha": 0.25, "linewidth": 0},
+        ax=axis,
+        legend=False,
+        **dashed,
+    )
+    axis.set(xlabel="", ylabel="")
+
+
+def _key(canvas: Canvas, entries: dict[str, str]) -> None:
+    """Names in their colours above the panels: a legend that needs no swatches to be looked up."""
+    handles = [mpl.lines.Line2D([], [], color=c, linewidth=2.4) for c in entries.values()]
+    canvas.legend(
+        handles,
+        list(entries),
+        labelcolor=list(entries.values()),
+        loc="outside upper left",
+        ncols=len(entries),
+        frameon=False,
+        handlelength=1.2,
+        columnspacing=1.4,
+        prop={"weight": "bold", "size": 10},
+    )
+
+
+def _plain_log(axis: Axes) -> None:
+    """Plain numbers on a logarithmic axis, few of them."""
+    axis.yaxis.set_major_formatter(mpl.ticker.StrMethodFormatter("{x:g}"))
+    low, high = axis.get_ylim()
+    if high / low < 30:
+        axis.yaxis.set_major_locator(mpl.ticker.LogLocator(subs=(1, 2, 5)))
+    axis.yaxis.set_minor_formatter(mpl.ticker.NullFormatter())
+
+
+def _sorted(runs: Sequence[Run]) -> list[Run]:
+    return sorted(runs, key=lambda run: (run.config.learning_rate, run.config.rho, run.config.seed))
+
+
+def _groups(runs: Sequence[Run]) -> list[tuple[tuple[float, float], list[Run]]]:
+    groups: dict[tuple[float, float], list[Run]] = {}
+    for run in _sorted(runs):
+        groups.setdefault((run.config.learning_rate, run.config.rho), []).append(run)
+    return list(groups.items())
+
+
+def _where(runs: Sequence[Run]) -> str:
+    rates, rhos = (
+        ", ".join(f"{v:g}" for v in sorted({getattr(r.config, n) for r in runs})) for n in ("learning_rate", "rho")
+    )
+    return f"{runs[0].config.experiment}, learning rates {rates}; rhos {rhos}"
+
+
+def _bands_note(runs: Sequence[Run]) -> str:
+    profile = f" Profile: {', '.join(sorted({run.config.profile for run in runs}))}."
+    if any(run.provenance["standin"] for run in runs):
+        profile += " <strong>Stand-in data: not a result.</strong>"
+    seeds = len({run.config.seed for run in runs})
+    return (f" Lines are medians over {seeds} seeds, bands their range." if seeds > 1 else "") + profile

@@ -1,0 +1,265 @@
+"""Runs as durable objects: configuration, measurements, status and checkpoint on disk, found by the run's id."""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import json
+import os
+import warnings
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import filelock
+import pandas as pd
+import torch
+
+from .experiments import RunConfig
+
+__all__ = [
+    "Run",
+    "RunStore",
+    "StoreError",
+    "atomic_write",
+    "load_published",
+    "publish",
+    "published_path",
+    "published_runs",
+]
+
+Outcome = Literal["finished", "diverged"]
+
+
+class StoreError(Exception):
+    """A store or a published file that cannot be used; the message says why."""
+
+
+@dataclass(frozen=True)
+class Run:
+    """A completed run.
+
+    Attributes:
+        id: :meth:`RunConfig.identity` of configuration and data.
+        config: what was asked for.
+        measurements: one row per measured step, see :func:`samlib.training.measure` for the columns.
+        outcome: "finished", or "diverged" at the step of the last row, where all but the loss is NaN.
+        provenance: versions, device, threads, data set and fingerprint, seconds, gradients and products computed.
+    """
+
+    id: str
+    config: RunConfig
+    measurements: pd.DataFrame
+    outcome: Outcome
+    provenance: dict[str, Any]
+
+    @property
+    def last(self) -> pd.Series:
+        """The last measurement."""
+        return self.measurements.iloc[-1]
+
+    def __str__(self) -> str:
+        config, last = self.config, self.last
+        line = f"{config.experiment} η={config.learning_rate:g} ρ={config.rho:g} seed {config.seed}"
+        if self.outcome == "diverged":
+            return f"{self.id}  diverged at step {last.step:.0f}  {line}"
+        edge = "sam_edge" if config.rho else "gd_edge"
+        return (
+            f"{self.id}  finished  {line}: loss {last.loss:.4g}, operator norm {last.operator_norm:.4g}, "
+            f"{edge} {last[edge]:.4g}, edge ratio {last.edge_ratio:.3f}, test metric {last.test_metric:.4g}"
+        )
+
+
+class RunStore:
+    """A folder of runs, ``<store>/<run id>/{config.json, measurements.parquet, status.json, checkpoint.pt}``.
+
+    Every file is written under a temporary name and renamed, ``status.json`` last: a run with a status is complete.
+
+    Args:
+        path: the folder; created when first written to.
+
+    Raises:
+        StoreError: if the path is a file or cannot be written.
+    """
+
+    def __init__(self, path: str | os.PathLike[str]) -> None:
+        self.path = Path(path)
+        if self.path.exists() and not self.path.is_dir():
+            raise StoreError(f"store {self.path} is a file; give a folder")
+        existing = next(p for p in (self.path, *self.path.absolute().parents) if p.exists())
+        probe = existing / f".samlib-{os.getpid()}"
+        try:
+            probe.touch()
+            probe.unlink()
+        except OSError as error:
+            raise StoreError(f"store {self.path} is not writable ({error.strerror}); give another folder") from None
+
+    def folder(self, run_id: str) -> Path:
+        return self.path / run_id
+
+    @contextmanager
+    def lock(self, run_id: str) -> Iterator[None]:
+        """Hold a run for this process; another process that asks for it waits. A killed process lets go."""
+        locks = self.path / ".locks"
+        locks.mkdir(parents=True, exist_ok=True)
+        lock = filelock.FileLock(locks / run_id)
+        try:
+            lock.acquire(timeout=0)
+        except filelock.Timeout:
+            warnings.warn(f"another process is training run {run_id}; waiting for it", stacklevel=3)
+            lock.acquire()
+        try:
+            yield
+        finally:
+            lock.release()
+
+    def load(self, run_id: str) -> Run | None:
+        """A completed run, or None. A damaged record is set aside under another name, with a warning."""
+        folder = self.folder(run_id)
+        if not (folder / "status.json").exists():
+            return None
+        try:
+            status = json.loads((folder / "status.json").read_text())
+            content = (folder / "measurements.parquet").read_bytes()
+            config = RunConfig(**json.loads((folder / "config.json").read_text()))
+            if hashlib.sha256(content).hexdigest() != status["sha256"]:
+                raise ValueError("measurements.parquet does not match its checksum")
+            if config.identity(status["provenance"]["fingerprint"]) != run_id:
+                raise ValueError("config.json does not belong to this run")
+            measurements = pd.read_parquet(io.BytesIO(content))
+            return Run(run_id, config, measurements, status["outcome"], status["provenance"])
+        except (OSError, ValueError, KeyError, TypeError) as error:
+            aside = self._set_aside(folder)
+            warnings.warn(f"record of run {run_id} is damaged ({error}); set aside as {aside}", stacklevel=2)
+            return None
+
+    def save(self, run: Run) -> None:
+        """Store a completed run and drop its checkpoint."""
+        folder = self.folder(run.id)
+        buffer = io.BytesIO()
+        run.measurements.to_parquet(buffer, index=False)
+        content = buffer.getvalue()
+        status = {
+            "outcome": run.outcome,
+            "step": int(run.last.step),
+            "sha256": hashlib.sha256(content).hexdigest(),
+            "provenance": run.provenance,
+        }
+        atomic_write(folder / "config.json", run.config.model_dump_json(indent=1).encode())
+        atomic_write(folder / "measurements.parquet", content)
+        atomic_write(folder / "status.json", json.dumps(status, indent=1).encode())
+        (folder / "checkpoint.pt").unlink(missing_ok=True)
+
+    def save_checkpoint(self, run_id: str, state: dict[str, Any]) -> None:
+        """Store what is needed to continue a run: tensors and plain Python values."""
+        buffer = io.BytesIO()
+        torch.save(state, buffer)
+        atomic_write(self.folder(run_id) / "checkpoint.pt", buffer.getvalue())
+
+    def load_checkpoint(self, run_id: str, device: str) -> dict[str, Any] | None:
+        """The state to continue from, or None. A damaged checkpoint is set aside, with a warning."""
+        path = self.folder(run_id) / "checkpoint.pt"
+        if not path.exists():
+            return None
+        try:
+            return torch.load(path, map_location=device, weights_only=True)
+        except Exception as error:  # torch.load raises many kinds for a damaged file
+            aside = self._set_aside(path)
+            warnings.warn(
+                f"checkpoint of run {run_id} is damaged ({type(error).__name__}); set aside as {aside}, starting anew",
+                stacklevel=2,
+            )
+            return None
+
+    def _set_aside(self, path: Path) -> Path:
+        number = 1
+        while (aside := path.with_name(f"{path.name}.damaged-{number}")).exists():
+            number += 1
+        path.rename(aside)
+        return aside
+
+
+def atomic_write(path: Path, content: bytes) -> None:
+    """Write a file so that a reader, or the next process after a crash, sees all of it or the one before."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    part = path.with_name(f"{path.name}.{os.getpid()}.part")
+    with part.open("wb") as file:
+        file.write(content)
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(part, path)
+
+
+# Published runs: one Parquet file per experiment. Its rows are the measurements, with the run's id and grid position;
+# configuration, outcome and provenance of each run stand as JSON in the file's metadata, under this key.
+_RUNS_KEY = b"samlib.runs"
+
+
+def published_path(experiment: str, folder: str | os.PathLike[str] | None = None) -> Path:
+    """Where an experiment's published runs are: ``data/published/<experiment>.parquet`` of the project."""
+    root = Path(folder) if folder else Path(__file__).parents[1] / "data" / "published"
+    return root / f"{experiment}.parquet"
+
+
+def published_runs(experiment: str, folder: str | os.PathLike[str] | None = None) -> list[Run]:
+    """An experiment's published runs; none if nothing is published yet."""
+    path = published_path(experiment, folder)
+    return load_published(path) if path.exists() else []
+
+
+def publish(runs: Iterable[Run], path: Path) -> list[Run]:
+    """Merge runs into a published file, replacing those with the same id, and return all that it now holds.
+
+    Raises:
+        StoreError: if a run used stand-in data.
+    """
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    merged = {run.id: run for run in (load_published(path) if path.exists() else [])}
+    for run in runs:
+        if run.provenance["standin"]:
+            raise StoreError(f"run {run.id} used {run.provenance['dataset']}; only runs on real data can be published")
+        merged[run.id] = run
+    ordered = sorted(
+        merged.values(), key=lambda r: (r.config.profile, r.config.learning_rate, r.config.rho, r.config.seed, r.id)
+    )
+    grid = ("profile", "learning_rate", "rho", "seed")
+    frames = [
+        r.measurements.assign(run_id=r.id, **{name: getattr(r.config, name) for name in grid}).set_index(
+            ["run_id", *grid]
+        )
+        for r in ordered
+    ]
+    about = {r.id: {"config": r.config.model_dump(), "outcome": r.outcome, "provenance": r.provenance} for r in ordered}
+    table = pa.Table.from_pandas(pd.concat(frames).reset_index(), preserve_index=False)
+    buffer = io.BytesIO()
+    pq.write_table(table.replace_schema_metadata({_RUNS_KEY: json.dumps(about).encode()}), buffer, compression="zstd")
+    atomic_write(path, buffer.getvalue())
+    return ordered
+
+
+def load_published(path: str | os.PathLike[str]) -> list[Run]:
+    """The runs of a published file.
+
+    Raises:
+        StoreError: if the file is missing or is not a file of published runs.
+    """
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    try:
+        table = pq.read_table(path)
+        about = json.loads((table.schema.metadata or {})[_RUNS_KEY])
+    except (OSError, KeyError, ValueError, pa.ArrowException) as error:
+        raise StoreError(f"{path} is not a file of published runs ({error})") from None
+    rows = dict(iter(table.to_pandas().groupby("run_id", sort=False)))
+    runs = []
+    for run_id, run in about.items():
+        config = RunConfig(**run["config"])
+        frame = rows[run_id].drop(columns=["run_id", "profile", "learning_rate", "rho", "seed"])
+        frame = frame.dropna(axis=1, how="all").reset_index(drop=True)
+        runs.append(Run(run_id, config, frame, run["outcome"], run["provenance"]))
+    return runs
