@@ -11,7 +11,7 @@ import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal, TypeAlias
 
 import numpy as np
 import torch
@@ -127,7 +127,7 @@ def load_dataset(
     standin = policy == "standin"
     if not standin:
         try:
-            raw = _REAL[name](locate(name))
+            raw: Any = _REAL[name](locate(name))
         except DataError as error:
             if policy == "real":
                 raise
@@ -136,10 +136,10 @@ def load_dataset(
     if standin:
         raw = _STANDINS[name]()
     label = f"{name} stand-in: {_STANDINS[name].__doc__}" if standin else name
-    if isinstance(raw, str):
+    if name == "shakespeare":
         content, tensors = _sequences(raw, sequence_length, examples, label)
     else:
-        content, tensors = _images(*raw, examples, label)
+        content, tensors = _images(raw, examples, label)
     digest = hashlib.sha256()
     for array in content:
         digest.update(f"{array.shape}".encode())
@@ -349,15 +349,12 @@ def _take(available: int, examples: int | None, label: str) -> int:
     return examples or available
 
 
-def _images(
-    train: np.ndarray,
-    train_labels: np.ndarray,
-    test: np.ndarray,
-    test_labels: np.ndarray,
-    examples: int | None,
-    label: str,
-) -> tuple[list[np.ndarray], tuple[Tensor, ...]]:
+_Tensors: TypeAlias = tuple[Tensor, Tensor, Tensor, Tensor]
+
+
+def _images(arrays: tuple[np.ndarray, ...], examples: int | None, label: str) -> tuple[list[np.ndarray], _Tensors]:
     """The reference's preprocessing: x/256, minus the mean training image; one-hot training targets."""
+    train, train_labels, test, test_labels = arrays
     count = _take(len(train), examples, label)
     content = [train[:count], train_labels[:count], test, test_labels]
     x, x_test = (torch.as_tensor(np.array(a), dtype=torch.float32) / 256 for a in (content[0], test))
@@ -366,7 +363,7 @@ def _images(
     return content, (x - mean, torch.nn.functional.one_hot(y, 10).float(), x_test - mean, y_test)
 
 
-def _sequences(text: str, length: int, examples: int | None, label: str) -> tuple[list[np.ndarray], tuple[Tensor, ...]]:
+def _sequences(text: str, length: int, examples: int | None, label: str) -> tuple[list[np.ndarray], _Tensors]:
     """Consecutive, disjoint sequences of ASCII codes and their successors; the last 10,000 lines are the test set.
 
     A text of under 20,000 lines gives a quarter of them to the test set instead.

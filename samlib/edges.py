@@ -157,10 +157,9 @@ def _result(value: Any) -> Any:
 def _check(name: str, value: Any, *, positive: bool = False, allow_nan: bool = False) -> None:
     x = _array(value)
     good = (x > 0) if positive else (x >= 0)
+    good = good & (x < float("inf"))
     if allow_nan:
         good = good | (x != x)
-    else:
-        good = good & (x < float("inf"))
     if not bool(good.all()):
-        allowed = "positive and finite" if positive else "non-negative" + ("" if allow_nan else " and finite")
+        allowed = "positive and finite" if positive else "non-negative and finite"
         raise ValueError(f"{name} must be {allowed}, got {value!r}")

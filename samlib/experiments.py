@@ -14,7 +14,7 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_valida
 from torch import Tensor
 from torch.nn import functional as F
 
-from .datasets import Dataset, DataPolicy, load_dataset
+from .datasets import DataPolicy, Dataset, load_dataset
 from .models import CNN, MLP, Transformer
 from .objective import Loss, Objective, flatten_parameters
 
@@ -194,7 +194,8 @@ class Experiment:
                 image = (x.shape[1], x.shape[2], x.shape[3])
                 model = CNN(image, tuple(config.width * 2**block for block in range(config.depth)))
             else:
-                assert config.heads and config.sequence_length
+                assert config.heads is not None
+                assert config.sequence_length is not None
                 model = Transformer(128, config.sequence_length, config.width, config.depth, config.heads)
         self.model = model.to(config.device, dtype)
         self.loss: Loss = cross_entropy if config.experiment == "shakespeare" else mean_squared_error

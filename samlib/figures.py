@@ -12,6 +12,7 @@ import io
 import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import matplotlib as mpl
 import matplotlib.lines
@@ -64,8 +65,8 @@ LABELS = {
     "sam_grad_alignment": "SAM gradient",
     "edge_ratio": "‖H‖ / edge",
 }
-_STYLE = {
-    **{key: _FOREGROUND for key in ("text.color", "axes.labelcolor", "axes.edgecolor", "xtick.color", "ytick.color")},
+_STYLE: Any = {
+    **dict.fromkeys(("text.color", "axes.labelcolor", "axes.edgecolor", "xtick.color", "ytick.color"), _FOREGROUND),
     "figure.facecolor": "none",
     "axes.facecolor": "none",
     "savefig.facecolor": "none",
@@ -370,8 +371,8 @@ def headline(run: Run) -> Figure:
 
     config, last = run.config, run.last
     alt = (
-        f"During SAM training on {config.experiment} the operator norm of the Hessian meets the SAM edge and falls with "
-        f"it to {last.operator_norm:.2g}, far below the gradient-descent edge {last.gd_edge:.2g}"
+        f"During SAM training on {config.experiment} the operator norm of the Hessian meets the SAM edge and falls "
+        f"with it to {last.operator_norm:.2g}, far below the gradient-descent edge {last.gd_edge:.2g}"
     )
     caption = (
         f"{config.experiment}, η = {config.learning_rate:g}, ρ = {config.rho:g}, seed {config.seed}, profile "
@@ -390,7 +391,7 @@ def _panels(
     log: bool,
     alt: str,
     caption: str,
-    share_y: str | bool,
+    share_y: Any,
     colours: dict[str, str] | None = None,
     labels: dict[str, str] | None = None,
 ) -> Figure:

@@ -256,7 +256,7 @@ def _ends(count: int, high: int, low: int) -> list[int]:
 
 
 def _nearest(count: int, high: int, low: int, room: int) -> list[int]:
-    """Indices of ``room`` values at the wanted ends: the wanted ones and, on the side wanted most, those next to them."""
+    """Indices of ``room`` values: the wanted ones and, on the side wanted most, those next to them."""
     spare = max(room - high - low, 0)
     return _ends(count, high + spare, low) if high >= low else _ends(count, high, low + spare)
 
@@ -309,7 +309,7 @@ def power_iteration(
     Args:
         gradient: maps parameters (P,) to the gradient (P,).
         params: w, shape (P,).
-        iterations: most iterations, of two gradients each.
+        iterations: most iterations, at least one, of two gradients each.
         tol: relative change between iterations at which to stop.
         step: length of the finite difference.
         v0: starting vector (P,); random if not given.
@@ -323,16 +323,14 @@ def power_iteration(
     generator = torch.Generator().manual_seed(0)
     vector = torch.randn(len(params), generator=generator, dtype=torch.float64).to(params) if v0 is None else v0
     vector = vector / vector.norm()
-    value, before = vector.new_zeros(()), vector.new_full((), float("inf"))
-    spent, residual = 0, before
-    while spent < iterations and not bool((value - before).abs() <= tol * value.abs()):
+    value = vector.new_zeros(())
+    for spent in range(1, iterations + 1):
         product = (gradient(params + step * vector) - gradient(params - step * vector)) / (2 * step + 1e-5)
         before, value = value, vector @ product
-        residual = (product - value * vector).norm()
-        length = product.norm()
-        spent += 1
-        if not bool(length > 0):
+        converged = bool((value - before).abs() <= tol * value.abs())
+        if converged or spent == iterations:
             break
-        used, vector = vector, product / length
-    converged = bool((value - before).abs() <= tol * value.abs())
-    return EigenResult(value[None], used[:, None], residual[None], spent, converged, used[:, None])
+        vector = product / product.norm()
+    residual = (product - value * vector).norm()
+    column = vector[:, None]
+    return EigenResult(value[None], column, residual[None], spent, converged, column)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from itertools import pairwise
 from typing import TypeVar
 
 import torch
@@ -29,7 +30,7 @@ class MLP(nn.Sequential):
     def __init__(self, inputs: int = 784, width: int = 1000, depth: int = 4, classes: int = 10) -> None:
         sizes = [inputs] + [width] * (depth - 1) + [classes]
         layers: list[nn.Module] = [nn.Flatten()]
-        for fan_in, fan_out in zip(sizes, sizes[1:], strict=False):
+        for fan_in, fan_out in pairwise(sizes):
             layers += [_glorot(nn.Linear(fan_in, fan_out)), nn.ReLU()]
         super().__init__(*layers[:-1])
 
@@ -157,7 +158,7 @@ class _Normalize(torch.autograd.Function):
         return xhat
 
     @staticmethod
-    def backward(ctx, h: Tensor):  # type: ignore[override]
+    def backward(ctx, h: Tensor):
         return _NormalizeBackward.apply(h, *ctx.saved_tensors, ctx.dim), None
 
 
@@ -172,7 +173,7 @@ class _NormalizeBackward(torch.autograd.Function):
 
     @staticmethod
     @torch.autograd.function.once_differentiable
-    def backward(ctx, u: Tensor):  # type: ignore[override]
+    def backward(ctx, u: Tensor):
         h, xhat, r, hx = ctx.saved_tensors
         dim = ctx.dim
         ux = (u * xhat).mean(dim, keepdim=True)
@@ -186,7 +187,8 @@ class _NormalizeBackward(torch.autograd.Function):
 
 def _glorot(layer: _Layer) -> _Layer:
     nn.init.xavier_normal_(layer.weight)
-    nn.init.zeros_(layer.bias)  # type: ignore[arg-type]
+    if layer.bias is not None:
+        nn.init.zeros_(layer.bias)
     return layer
 
 

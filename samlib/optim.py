@@ -106,7 +106,7 @@ class SAM(torch.optim.Optimizer):
         self.state = self.base_optimizer.state
 
     @torch.no_grad()
-    def step(self, closure: Callable[[], Any] | None = None) -> Any:  # type: ignore[override]
+    def step(self, closure: Callable[[], Any] | None = None) -> Any:
         """One SAM step.
 
         Args:

@@ -23,7 +23,7 @@ from .experiments import Experiment, RunConfig
 from .hessian import HessianOperator, extreme_eigenpairs
 from .objective import Objective
 from .optim import sam_perturb, sam_step
-from .runs import Run, RunStore
+from .runs import Outcome, Run, RunStore
 
 __all__ = ["OutOfTime", "measure", "train", "train_grid"]
 
@@ -133,7 +133,7 @@ def _train(
     started = time.monotonic() - (state["seconds"] if state else 0.0)
     saved = time.monotonic()
     losses: list[Tensor] = []  # of the last steps, not yet checked: on a GPU each check waits for the device
-    outcome = "finished"
+    outcome: Outcome = "finished"
 
     def checked(step: int) -> int | None:
         """The first of the last steps at which the loss was beyond recovery."""
@@ -162,14 +162,8 @@ def _train(
         if step == config.steps:
             break
 
-        def gradient(w: Tensor, objective: Objective = objective) -> Tensor:
-            value, gradient = objective.value_and_gradient(w)
-            values.append(value)
-            return gradient
-
-        values: list[Tensor] = []
-        params = sam_step(gradient, params, config.learning_rate, config.rho)
-        losses.append(values[0])
+        params, loss = _update(objective, params, config)
+        losses.append(loss)
         late = time.time() > deadline
         due = late or time.monotonic() - saved > CHECKPOINT_SECONDS
         if due or config.device == "cpu" or len(losses) == 50:
@@ -193,6 +187,18 @@ def _train(
         "matvecs": int(frame.matvecs.sum()),
     }
     return Run(run_id, config, frame, outcome, provenance)
+
+
+def _update(objective: Objective, params: Tensor, config: RunConfig) -> tuple[Tensor, Tensor]:
+    """The parameters after one step, and the loss before it, which comes free with the first gradient."""
+    values: list[Tensor] = []
+
+    def gradient(w: Tensor) -> Tensor:
+        value, gradient = objective.value_and_gradient(w)
+        values.append(value)
+        return gradient
+
+    return sam_step(gradient, params, config.learning_rate, config.rho), values[0]
 
 
 def measure(
@@ -226,6 +232,8 @@ def measure(
     sam_grad = objective.gradient(sam_perturb(params, grad, config.rho)) if config.rho else grad
     principal = int(eigen.values.abs().argmax())
     norm, grad_norm = float(eigen.values[principal].abs()), float(grad.norm())
+    if not math.isfinite(grad_norm):
+        raise FloatingPointError("the gradient is not finite")
     edge = sam_edge(grad_norm, config.learning_rate, config.rho)
 
     def alignment(vector: Tensor) -> float:

@@ -1,0 +1,84 @@
+"""Shared fixtures: small problems in float64, a store, and real data where there is any."""
+
+import os
+from pathlib import Path
+
+import matplotlib as mpl
+import pytest
+import torch
+from torch import nn
+
+from samlib import CNN, MLP, Objective, RunConfig, RunStore, Transformer
+from samlib.datasets import FILES, _problem
+from samlib.experiments import cross_entropy, mean_squared_error
+from samlib.objective import flatten_parameters
+
+mpl.use("agg")
+ROOT = Path(__file__).parents[1]
+REAL_DATA = Path(os.environ.get("SAMLIB_DATA", ROOT / "data"))
+
+
+def pytest_collection_modifyitems(items):
+    missing = [f.path for files in FILES.values() for f in files if _problem(REAL_DATA / f.path, f)]
+    for item in items:
+        if item.get_closest_marker("gpu") and not torch.cuda.is_available():
+            item.add_marker(pytest.mark.skip(reason="no CUDA device"))
+        if item.get_closest_marker("data") and missing:
+            item.add_marker(pytest.mark.skip(reason=f"real data not found: {missing[0]} (set SAMLIB_DATA)"))
+
+
+@pytest.fixture(autouse=True)
+def _no_stray_files(monkeypatch, tmp_path):
+    """Every test runs in its own folder, and finds no data set unless it asks for one."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.delenv("SAMLIB_DATA", raising=False)
+
+
+@pytest.fixture
+def real_data(monkeypatch):
+    monkeypatch.setenv("SAMLIB_DATA", str(REAL_DATA.resolve()))
+
+
+@pytest.fixture
+def store(tmp_path):
+    return RunStore(tmp_path / "store")
+
+
+def small_config(**settings):
+    """A run of a second on the digits stand-in."""
+    usual = {"experiment": "mnist", "learning_rate": 0.3, "rho": 0.1, "data": "standin"}
+    usual |= {"examples": 100, "width": 16, "depth": 3, "steps": 30, "measure_every": 10}
+    return RunConfig(**{**usual, **settings})
+
+
+def small_language_config(**settings):
+    usual = {"experiment": "shakespeare", "learning_rate": 0.1, "rho": 0.1, "data": "standin", "sequence_length": 8}
+    usual |= {"width": 8, "depth": 1, "heads": 2, "batch_size": 8, "examples": 100, "steps": 30, "measure_every": 5}
+    return RunConfig(**{**usual, **settings})
+
+
+PROBLEMS = ("mlp", "cnn", "transformer")
+
+
+def problem(name, seed=0, dtype=torch.float64, **settings):
+    """A small network of each kind with random data: (objective, parameters)."""
+    torch.manual_seed(seed)
+    if name == "mlp":
+        model, x, y = MLP(12, 8, 3, 4), torch.randn(20, 12), torch.randn(20, 4)
+    elif name == "cnn":
+        model, x, y = CNN((2, 8, 8), (3, 4), 4), torch.randn(9, 2, 8, 8), torch.randn(9, 4)
+    else:
+        model = Transformer(vocabulary=11, length=6, width=8, layers=2, heads=2, key_size=3, widening=2)
+        x, y = torch.randint(0, 11, (7, 6)), torch.randint(0, 11, (7, 6))
+    loss = cross_entropy if name == "transformer" else mean_squared_error
+    model = model.to(dtype)
+    x, y = (t.to(dtype) if t.is_floating_point() else t for t in (x, y))
+    # Zero biases and unit scales hide mistakes: move the parameters off their initial values.
+    params = flatten_parameters(model)
+    params = params + 0.1 * torch.randn(params.shape, dtype=dtype)
+    return Objective(model, loss, x, y, **settings), params
+
+
+class WithBatchNorm(nn.Sequential):
+    def __init__(self):
+        super().__init__(nn.Linear(3, 4), nn.BatchNorm1d(4), nn.ReLU(), nn.Linear(4, 2))

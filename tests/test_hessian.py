@@ -1,0 +1,230 @@
+import warnings
+
+import numpy as np
+import pytest
+import scipy.sparse.linalg
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from samlib import HessianOperator, power_iteration, top_eigenpairs
+from samlib.hessian import extreme_eigenpairs
+from samlib.models import LayerNorm
+
+from .conftest import PROBLEMS, problem
+
+ENDS = ("LA", "SA", "LM", "BE")
+
+
+def dense(operator):
+    return torch.stack([operator @ e for e in torch.eye(operator.shape[0], dtype=torch.float64)])
+
+
+def expected_values(values, k, which):
+    """The k wanted ones of all eigenvalues, ascending as eigvalsh gives them."""
+    if which == "LA":
+        return values.flip(0)[:k]
+    if which == "SA":
+        return values[:k]
+    if which == "LM":
+        return values[values.abs().argsort(descending=True)][:k]
+    return torch.cat([values.flip(0)[: (k + 1) // 2], values[: k // 2].flip(0)])
+
+
+def check(matrix, k, which, tol=1e-8, **more):
+    """Right, within what the residuals allow, or honest about not having converged."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", RuntimeWarning)
+        result = top_eigenpairs(matrix, k, which, tol=tol, **more)
+    true_residuals = (matrix @ result.vectors - result.vectors * result.values).norm(dim=0)
+    assert (true_residuals <= result.residuals).all()
+    identity = torch.eye(k, dtype=matrix.dtype)
+    torch.testing.assert_close(result.vectors.T @ result.vectors, identity, rtol=0, atol=1e-8)
+    if result.converged:
+        expected = expected_values(torch.linalg.eigvalsh(matrix), k, which)
+        error = (result.values.abs() - expected.abs() if which == "LM" else result.values - expected).abs()
+        assert (error <= result.residuals + 1e-12 * expected.abs().max()).all()
+    return result
+
+
+@pytest.mark.parametrize("name", PROBLEMS)
+@pytest.mark.parametrize("which", ENDS)
+def test_agrees_with_a_dense_eigendecomposition_of_small_nets(name, which):
+    objective, params = problem(name)
+    operator = HessianOperator(objective, params)
+    matrix = dense(operator)
+    for k in (1, 3):
+        result = top_eigenpairs(operator, k, which, tol=1e-9, max_matvecs=600)
+        assert result.converged
+        expected = expected_values(torch.linalg.eigvalsh(matrix), k, which)
+        torch.testing.assert_close(result.values, expected, rtol=1e-6, atol=0)
+        true_residuals = (matrix @ result.vectors - result.vectors * result.values).norm(dim=0)
+        assert (true_residuals <= result.residuals).all()
+
+
+class PlainLayerNorm(torch.nn.Module):
+    """Layer normalisation in plain operations with the parameters of ours, so that the oracle shares no derivative.
+
+    Not ``F.layer_norm``: its forward-over-reverse derivative with respect to the weight is wrong in torch 2.13.
+    """
+
+    def __init__(self, layer):
+        super().__init__()
+        self.weight, self.bias, self.dim = layer.weight, layer.bias, layer.dim
+
+    def forward(self, x):
+        x = x.movedim(self.dim, -1)
+        x = (x - x.mean(-1, keepdim=True)) / (x.var(-1, keepdim=True, unbiased=False) + 1e-5).sqrt()
+        return (x * self.weight + self.bias).movedim(-1, self.dim)
+
+
+@pytest.mark.parametrize("name", PROBLEMS)
+def test_agrees_with_curvlinops_and_scipy(name):
+    from curvlinops import HessianLinearOperator
+
+    objective, params = problem(name)
+    torch.nn.utils.vector_to_parameters(params, objective.model.parameters())
+    for parent in list(objective.model.modules()):
+        for child, layer in parent.named_children():
+            if isinstance(layer, LayerNorm):
+                setattr(parent, child, PlainLayerNorm(layer))
+    loss = torch.nn.CrossEntropyLoss() if name == "transformer" else torch.nn.MSELoss()
+
+    class Flat(torch.nn.Module):
+        def __init__(self, model):
+            super().__init__()
+            self.model = model
+
+        def forward(self, x):
+            return self.model(x).flatten(0, -2)
+
+    targets = objective.targets.flatten() if name == "transformer" else objective.targets
+    peer = HessianLinearOperator(
+        Flat(objective.model), loss, list(objective.model.parameters()), [(objective.inputs, targets)]
+    )
+    ours = HessianOperator(problem(name)[0], params)
+    torch.manual_seed(1)
+    vector = torch.randn(objective.size, dtype=torch.float64)
+    torch.testing.assert_close(ours @ vector, peer @ vector)
+    values, _ = scipy.sparse.linalg.eigsh(
+        scipy.sparse.linalg.LinearOperator(
+            ours.shape, lambda v: (peer @ torch.as_tensor(v, dtype=torch.float64).flatten()).numpy(), dtype=np.float64
+        ),
+        k=2,
+        which="LA",
+        tol=1e-10,
+    )
+    result = top_eigenpairs(ours, 2, tol=1e-9, max_matvecs=600)
+    np.testing.assert_allclose(result.values.numpy(), values[::-1], rtol=1e-6)
+
+
+def with_spectrum(values, seed):
+    generator = torch.Generator().manual_seed(seed)
+    q, _ = torch.linalg.qr(torch.randn(len(values), len(values), dtype=torch.float64, generator=generator))
+    matrix = q @ torch.diag(torch.as_tensor(values, dtype=torch.float64)) @ q.T
+    return (matrix + matrix.T) / 2
+
+
+spectra = st.one_of(
+    st.lists(st.floats(-1e3, 1e3), min_size=1, max_size=60),
+    st.lists(st.floats(-1e3, 0), min_size=1, max_size=30),  # nothing positive
+    st.lists(st.sampled_from([0.0, 1.0, 1.0 + 1e-7, 2.0, -2.0]), min_size=1, max_size=60),  # clustered
+    st.integers(1, 40).map(lambda n: [0.0] * n),
+    st.floats(-1e3, 1e3).map(lambda v: [v]),
+    st.tuples(st.integers(1, 40), st.floats(-10, 10)).map(lambda nv: [nv[1]] * nv[0]),
+)
+
+
+@settings(max_examples=200, deadline=None)
+@given(spectra, st.integers(0, 10), st.sampled_from(ENDS), st.integers(1, 4))
+def test_right_or_honest_on_awkward_spectra(values, seed, which, k):
+    check(with_spectrum(values, seed), min(k, len(values)), which)
+
+
+@settings(max_examples=50, deadline=None)
+@given(st.integers(0, 1000), st.sampled_from([1e-2, 1e-3, 1e-6]), st.floats(0, 0.3))
+def test_warm_starts_along_a_moving_matrix(seed, tol, drift):
+    generator = torch.Generator().manual_seed(seed)
+    matrix = torch.randn(50, 50, dtype=torch.float64, generator=generator)
+    matrix = matrix @ matrix.T / 50
+    subspace = None
+    for _ in range(5):
+        subspace = check(matrix, 1, "LA", tol, v0=subspace).subspace
+        noise = torch.randn(50, 50, dtype=torch.float64, generator=generator)
+        matrix = matrix + drift * (noise + noise.T) / 50
+
+
+def test_a_warm_start_saves_products():
+    matrix = with_spectrum(np.linspace(0, 1, 300) ** 4, 0)
+    cold = top_eigenpairs(matrix, tol=1e-4)
+    warm = top_eigenpairs(matrix + 1e-4 * with_spectrum(np.linspace(-1, 1, 300), 1), tol=1e-4, v0=cold.subspace)
+    assert warm.converged
+    assert warm.matvecs <= cold.matvecs / 2
+
+
+def test_not_converged_is_said():
+    matrix = with_spectrum(np.linspace(0, 1, 200), 0)
+    with pytest.warns(RuntimeWarning, match="not converged after 5 products"):
+        result = top_eigenpairs(matrix, tol=1e-8, max_matvecs=5)
+    assert not result.converged
+    assert result.matvecs == 5
+    true_residual = (matrix @ result.vectors[:, 0] - result.values[0] * result.vectors[:, 0]).norm()
+    assert true_residual <= result.residuals[0]
+
+
+def test_restarts_keep_the_basis_small_and_the_answer_right():
+    matrix = with_spectrum(np.linspace(0, 1, 400), 3)
+    result = check(matrix, 1, "LA", 1e-6, max_matvecs=400)
+    assert result.converged
+    assert result.matvecs > 40  # more than one basis full
+
+
+def test_the_looser_lower_end_still_bounds_its_error():
+    matrix = with_spectrum([*np.linspace(-3, 1, 100), 10.0], 0)
+    result = extreme_eigenpairs(matrix, 1, 1, tol=1e-6)
+    assert result.values[0] == pytest.approx(10, abs=float(result.residuals[0]))
+    assert abs(result.values[1] + 3) <= 10 * 0.1 + result.residuals[1]
+    # Where the lower end carries the norm, it has the tight tolerance.
+    result = extreme_eigenpairs(-matrix, 1, 1, tol=1e-6)
+    assert result.values[1] == pytest.approx(-10, rel=1e-5)
+
+
+def test_float32_reaches_what_float32_can():
+    matrix = with_spectrum([*np.linspace(0, 1, 100), 3.0], 0)
+    result = top_eigenpairs(matrix.float(), tol=1e-4)
+    assert result.converged
+    assert float(result.values[0]) == pytest.approx(3, rel=1e-5)
+
+
+def test_power_iteration_reads_low_by_its_divisor():
+    objective, params = problem("mlp")
+    matrix = dense(HessianOperator(objective, params))
+    norm = torch.linalg.eigvalsh(matrix).abs().max().item()
+    result = power_iteration(objective.gradient, params, 5000, tol=1e-9)
+    assert result.converged
+    assert result.values.abs().item() == pytest.approx(norm * 2e-3 / (2e-3 + 1e-5), rel=2e-3)
+    assert not power_iteration(objective.gradient, params, 2, tol=1e-9).converged
+    flat = power_iteration(lambda w: torch.ones_like(w), params)
+    assert flat.values.item() == 0
+
+
+def test_a_hessian_that_is_not_finite_is_an_error():
+    with pytest.raises(FloatingPointError, match="not finite"):
+        top_eigenpairs(torch.full((4, 4), float("nan")))
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"k": 0}, "k must lie between 1 and the operator's size 3, got 0"),
+        ({"k": 4}, "got 4"),
+        ({"which": "XX"}, "which must be"),
+        ({"tol": 0.0}, "tol must be positive"),
+        ({"max_matvecs": 0}, "max_matvecs must be at least 1"),
+    ],
+)
+def test_bad_arguments_are_named(arguments, message):
+    with pytest.raises(ValueError, match=message):
+        top_eigenpairs(torch.eye(3), **arguments)
+    with pytest.raises(ValueError, match="high"):
+        extreme_eigenpairs(torch.eye(3), 3, 1)

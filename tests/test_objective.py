@@ -1,0 +1,86 @@
+import pytest
+import torch
+from torch import nn
+
+from samlib import HessianOperator, Objective
+from samlib.objective import flatten_parameters
+
+from .conftest import PROBLEMS, WithBatchNorm, problem
+
+
+def plain_loss(objective, params):
+    """The loss of an ordinary module that carries the parameters, all examples at once."""
+    torch.nn.utils.vector_to_parameters(params, objective.model.parameters())
+    return objective.loss(objective.model(objective.inputs), objective.targets)
+
+
+@pytest.mark.parametrize("name", PROBLEMS)
+@pytest.mark.parametrize("chunk_size", [None, 1, 4])
+def test_value_and_gradient_are_those_of_the_module(name, chunk_size):
+    objective, params = problem(name, chunk_size=chunk_size)
+    value, gradient = objective.value_and_gradient(params)
+    loss = plain_loss(objective, params)
+    loss.backward()
+    expected = torch.cat([p.grad.reshape(-1) for p in objective.model.parameters()])
+    torch.testing.assert_close(value, loss.detach())
+    torch.testing.assert_close(objective.value(params), loss.detach())
+    torch.testing.assert_close(gradient, expected)
+    torch.testing.assert_close(objective.gradient(params), expected)
+
+
+@pytest.mark.parametrize("name", PROBLEMS)
+@pytest.mark.parametrize(("chunk_size", "retain"), [(None, True), (4, True), (4, False)])
+def test_hessian_products_equal_finite_differences_and_are_symmetric(name, chunk_size, retain):
+    objective, params = problem(name, chunk_size=chunk_size, retain_graph=retain)
+    operator = HessianOperator(objective, params)
+    for seed in range(3):
+        generator = torch.Generator().manual_seed(seed)
+        u, v = torch.randn(2, objective.size, dtype=torch.float64, generator=generator)
+        u, v = u / u.norm(), v / v.norm()
+        step = 1e-6
+        difference = (objective.gradient(params + step * v) - objective.gradient(params - step * v)) / (2 * step)
+        torch.testing.assert_close(operator @ v, difference, rtol=1e-5, atol=1e-7)
+        torch.testing.assert_close(u @ (operator @ v), v @ (operator @ u))
+    assert operator.matvecs == 9
+    torch.testing.assert_close(operator.value, objective.value(params))
+    torch.testing.assert_close(operator.gradient, objective.gradient(params))
+
+
+def test_dense_hessian_of_a_linear_model_in_closed_form():
+    # ℓ = mean over examples and outputs of (x·w − y)²: H = 2/(N·K) · I_K ⊗ XᵀX.
+    torch.manual_seed(0)
+    x, y = torch.randn(7, 3, dtype=torch.float64), torch.randn(7, 2, dtype=torch.float64)
+    model = nn.Linear(3, 2, bias=False, dtype=torch.float64)
+    objective = Objective(model, lambda a, b: (a - b).square().mean(), x, y, chunk_size=2)
+    operator = HessianOperator(objective, flatten_parameters(model))
+    dense = torch.stack([operator @ e for e in torch.eye(6, dtype=torch.float64)])
+    torch.testing.assert_close(dense, 2 / 14 * torch.kron(torch.eye(2, dtype=torch.float64), x.T @ x))
+
+
+def test_a_linear_loss_has_no_hessian():
+    model = nn.Linear(3, 1, dtype=torch.float64)
+    x = torch.randn(5, 3, dtype=torch.float64)
+    objective = Objective(model, lambda a, b: (a - b).mean(), x, torch.zeros(5, 1, dtype=torch.float64))
+    operator = HessianOperator(objective, flatten_parameters(model))
+    assert (operator @ torch.ones(4, dtype=torch.float64)).abs().max() == 0
+
+
+def test_the_module_is_left_alone():
+    objective, params = problem("mlp")
+    before = flatten_parameters(objective.model)
+    objective.gradient(params)
+    HessianOperator(objective, params) @ params
+    assert torch.equal(before, flatten_parameters(objective.model))
+    assert all(p.grad is None for p in objective.model.parameters())
+
+
+def test_layers_that_make_the_loss_random_are_refused():
+    x, y = torch.randn(6, 3), torch.randn(6, 2)
+    model = WithBatchNorm()
+    with pytest.raises(ValueError, match=r"module '1' \(BatchNorm1d\) is in training mode"):
+        Objective(model, nn.functional.mse_loss, x, y)
+    Objective(model.eval(), nn.functional.mse_loss, x, y)
+    with pytest.raises(ValueError, match="Dropout"):
+        Objective(nn.Sequential(nn.Linear(3, 2), nn.Dropout()), nn.functional.mse_loss, x, y)
+    with pytest.raises(ValueError, match="as many targets as inputs"):
+        Objective(model, nn.functional.mse_loss, x, y[:3])
