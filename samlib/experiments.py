@@ -35,17 +35,17 @@ _SETTINGS: dict[str, dict[str, dict[str, Any]]] = {
     },
     "cifar10": {
         "quick": {"examples": 200, "width": 8, "depth": 2, "steps": 150, "measure_every": 10},
-        "reduced": {"examples": 1000, "width": 16, "depth": 2, "steps": 200, "measure_every": 10},
+        "reduced": {"examples": 1000, "width": 16, "depth": 2, "steps": 150, "measure_every": 10},
         "paper": {"examples": 1000, "width": 16, "depth": 2, "steps": 5000, "measure_every": 25},
     },
     "shakespeare": {
         "quick": {"width": 32, "depth": 2, "heads": 2, "batch_size": 32, "steps": 200, "measure_every": 10},
-        "reduced": {"width": 64, "depth": 2, "heads": 4, "batch_size": 32, "steps": 800, "measure_every": 20},
+        "reduced": {"width": 64, "depth": 2, "heads": 4, "batch_size": 32, "steps": 500, "measure_every": 20},
         "paper": {"width": 128, "depth": 6, "heads": 8, "batch_size": 128, "steps": 10_000, "measure_every": 50},
     },
 }
 _LANGUAGE = {"examples": None, "sequence_length": 64}
-_CHUNK = {"mnist": 10_000, "cifar10": 100, "shakespeare": 128}  # examples at a time; the CNN's fits the cache
+_CHUNK = {"mnist": 10_000, "cifar10": 50, "shakespeare": 128}  # examples at a time; the CNN's fits the cache
 _RETAIN = 20_000  # most examples whose gradient graph is kept between Hessian–vector products
 
 
@@ -207,7 +207,9 @@ class Experiment:
 
     def _move(self, tensor: Tensor) -> Tensor:
         dtype = getattr(torch, self.config.dtype) if tensor.is_floating_point() else tensor.dtype
-        return tensor.to(self.config.device, dtype)
+        # Max-pooling is an order of magnitude faster on a CPU with the channels last.
+        layout = torch.channels_last if tensor.dim() == 4 else torch.preserve_format
+        return tensor.to(self.config.device, dtype, memory_format=layout)
 
     def _objective(self, inputs: Tensor, targets: Tensor) -> Objective:
         chunk = _CHUNK[self.config.experiment]

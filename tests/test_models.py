@@ -1,4 +1,5 @@
 import math
+from itertools import pairwise
 
 import numpy as np
 import pytest
@@ -132,7 +133,7 @@ def numpy_reference(seed, x, y):
     pass, and power iteration on finite differences of that gradient."""
     random = np.random.default_rng(seed)
     sizes = [x.shape[1], 16, 16, 10]
-    ws = [random.normal(0, math.sqrt(2 / (a + b)), (b, a)) for a, b in zip(sizes, sizes[1:], strict=False)]
+    ws = [random.normal(0, math.sqrt(2 / (a + b)), (b, a)) for a, b in pairwise(sizes)]
     bs = [np.zeros(b) for b in sizes[1:]]
 
     def gradient(parameters):
