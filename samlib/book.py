@@ -48,10 +48,9 @@ def build(root: Path, profile: str = "quick", data: str = "auto") -> Path:
         print(f"executed {name} in {time.monotonic() - started:.0f} s", flush=True)
 
     # Warnings are errors: a broken reference or a missing image must not reach a reader.
+    program = Path(sys.executable).with_name("jupyter-book")
     command = [
-        sys.executable,
-        "-m",
-        "jupyter_book",
+        str(program),
         "build",
         str(stage),
         "--path-output",
@@ -59,8 +58,9 @@ def build(root: Path, profile: str = "quick", data: str = "auto") -> Path:
         "--all",
         "-W",
         "-n",
+        "--keep-going",
+        "--quiet",
     ]
-    command += ["--keep-going", "--quiet"]
     done = subprocess.run(command, cwd=root)
     index = root / "_build" / "html" / "index.html"
     if done.returncode or not index.exists():
@@ -73,7 +73,7 @@ def notebooks_in(toc: Path) -> list[str]:
 
     def files(node: Any) -> list[str]:
         if isinstance(node, dict):
-            own = [node["file"]] if "file" in node else []
+            own = [node[key] for key in ("root", "file") if key in node]
             return own + [f for value in node.values() for f in files(value)]
         return [f for item in node for f in files(item)] if isinstance(node, list) else []
 

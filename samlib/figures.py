@@ -153,7 +153,8 @@ def render(canvas: Canvas, alt: str) -> str:
     box = re.search(r'viewBox="[^"]*"', opening[0])
     assert box
     label = html.escape(alt, quote=True)
-    head = f'<svg role="img" aria-label="{label}" {box[0]} style="width:100%;min-width:{min(width, 640)}px;height:auto"'
+    size = f"width:100%;min-width:{min(width, 640)}px;max-width:{width * 1.5:.0f}px;height:auto"
+    head = f'<svg role="img" aria-label="{label}" {box[0]} style="{size}"'
     head += ' xmlns="http://www.w3.org/2000/svg" xmlns:xlink="http://www.w3.org/1999/xlink">'
     return re.sub(r"\n\s*", "\n", head + svg[opening.end() :])
 

@@ -124,8 +124,8 @@ class RunStore:
             status = json.loads((folder / "status.json").read_text())
             content = (folder / "measurements.parquet").read_bytes()
             config = RunConfig(**json.loads((folder / "config.json").read_text()))
-            if hashlib.sha256(content).hexdigest() != status["sha256"]:
-                raise ValueError("measurements.parquet does not match its checksum")
+            if _checksum(content, status["outcome"], status["provenance"]) != status["sha256"]:
+                raise ValueError("measurements.parquet or status.json does not match the checksum")
             if config.identity(status["provenance"]["fingerprint"]) != run_id:
                 raise ValueError("config.json does not belong to this run")
             measurements = pd.read_parquet(io.BytesIO(content))
@@ -144,7 +144,7 @@ class RunStore:
         status = {
             "outcome": run.outcome,
             "step": int(run.last.step),
-            "sha256": hashlib.sha256(content).hexdigest(),
+            "sha256": _checksum(content, run.outcome, run.provenance),
             "provenance": run.provenance,
         }
         atomic_write(folder / "config.json", run.config.model_dump_json(indent=1).encode())
@@ -179,6 +179,11 @@ class RunStore:
             number += 1
         path.rename(aside)
         return aside
+
+
+def _checksum(measurements: bytes, outcome: str, provenance: dict[str, Any]) -> str:
+    about = json.dumps([outcome, provenance], sort_keys=True)
+    return hashlib.sha256(measurements + about.encode()).hexdigest()
 
 
 def atomic_write(path: Path, content: bytes) -> None:

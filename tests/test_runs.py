@@ -1,0 +1,136 @@
+import json
+
+import numpy as np
+import pandas as pd
+import pytest
+
+from samlib import Run, RunConfig, RunStore, published_runs, train
+from samlib.runs import StoreError, atomic_write, load_published, publish
+
+from .conftest import small_config, small_language_config
+
+
+def fake_run(rho=0.1, seed=0, standin=False, **settings):
+    config = RunConfig(experiment="mnist", learning_rate=0.3, rho=rho, seed=seed, **settings)
+    rows = pd.DataFrame({"step": [0, 600], "loss": [1.0, 0.5], "operator_norm": [2.0, np.pi]})
+    about = {"fingerprint": "f", "standin": standin, "dataset": "mnist"}
+    return Run(config.identity("f"), config, rows, "finished", about)
+
+
+def test_store_round_trip(store):
+    run = train(small_config(), store)
+    loaded = store.load(run.id)
+    pd.testing.assert_frame_equal(loaded.measurements, run.measurements)
+    assert (loaded.config, loaded.outcome, loaded.provenance) == (run.config, run.outcome, run.provenance)
+    names = {path.name for path in store.folder(run.id).iterdir()}
+    assert names == {"config.json", "measurements.parquet", "status.json"}
+
+
+def test_the_id_depends_on_what_determines_the_run_only():
+    base = small_config()
+    assert base.identity("x") == small_config(data="auto").identity("x")
+    others = [small_config(**{k: v}) for k, v in {"rho": 0.2, "seed": 1, "width": 17, "steps": 31}.items()]
+    ids = {c.identity("x") for c in (base, *others, small_language_config())} | {base.identity("y")}
+    assert len(ids) == 7
+    # Pinned: ids name runs that are published, so they must not drift.
+    pinned = RunConfig(experiment="mnist", learning_rate=0.3, rho=0.1, device="cpu")
+    assert pinned.identity("fingerprint") == "4b8c290760612719"
+
+
+@pytest.mark.parametrize("name", ["status.json", "measurements.parquet", "config.json"])
+@pytest.mark.parametrize("damage", ["truncate", "flip", "delete"])
+def test_a_damaged_record_is_named_set_aside_and_trained_again(store, name, damage):
+    config = small_config(steps=2, measure_every=1)
+    run = train(config, store)
+    path = store.folder(run.id) / name
+    content = path.read_bytes()
+    if damage == "delete":
+        path.unlink()
+    else:
+        middle = len(content) // 2
+        changed = bytes([content[middle] ^ 0x55])
+        path.write_bytes(content[:middle] + (b"" if damage == "truncate" else changed + content[middle + 1 :]))
+    if name == "status.json" and damage == "delete":
+        again = train(config, store)  # without a status the run counts as unfinished
+    else:
+        with pytest.warns(UserWarning, match=rf"record of run {run.id} is damaged .* set aside as .*damaged-1"):
+            again = train(config, store)
+    assert again.id == run.id
+    assert again.last.loss == run.last.loss
+    assert store.load(run.id) is not None
+
+
+def test_a_damaged_checkpoint_is_set_aside(store):
+    store.save_checkpoint("abc", {"step": 3})
+    path = store.folder("abc") / "checkpoint.pt"
+    path.write_bytes(path.read_bytes()[:50])
+    with pytest.warns(UserWarning, match="checkpoint of run abc is damaged"):
+        assert store.load_checkpoint("abc", "cpu") is None
+    assert store.load_checkpoint("abc", "cpu") is None
+
+
+def test_writes_are_all_or_nothing(tmp_path, monkeypatch):
+    path = tmp_path / "deep" / "file"
+    atomic_write(path, b"first")
+
+    def broken(*_):
+        raise OSError("no space left on device")
+
+    monkeypatch.setattr("samlib.runs.os.replace", broken)
+    with pytest.raises(OSError, match="no space"):
+        atomic_write(path, b"second")
+    assert path.read_bytes() == b"first"
+
+
+def test_unusable_stores_are_refused(tmp_path):
+    file = tmp_path / "file"
+    file.touch()
+    with pytest.raises(StoreError, match="is a file; give a folder"):
+        RunStore(file)
+    with pytest.raises(StoreError, match="is not writable"):
+        RunStore("/proc/samlib")
+    assert not (tmp_path / "new").exists()
+    RunStore(tmp_path / "new")
+    assert not (tmp_path / "new").exists()  # nothing is written before there is something to keep
+
+
+def test_publish_merges_and_reads_back(tmp_path):
+    path = tmp_path / "mnist.parquet"
+    first, second = fake_run(0.1), fake_run(0.0, seed=2)
+    publish([first], path)
+    publish([second, first], path)
+    runs = load_published(path)
+    assert [run.id for run in runs] == [second.id, first.id]
+    for run, original in zip(runs, (second, first), strict=True):
+        pd.testing.assert_frame_equal(run.measurements, original.measurements)
+        assert (run.config, run.outcome, run.provenance) == (original.config, original.outcome, original.provenance)
+    table = pd.read_parquet(path)
+    assert {"run_id", "learning_rate", "rho", "seed", "profile"} <= set(table.columns)
+    assert len(published_runs("mnist", tmp_path)) == 2
+    assert published_runs("cifar10", tmp_path) == []
+
+
+def test_stand_ins_are_never_published(tmp_path):
+    with pytest.raises(StoreError, match="only runs on real data can be published"):
+        publish([fake_run(standin=True)], tmp_path / "mnist.parquet")
+    assert not list(tmp_path.iterdir())
+
+
+def test_files_that_are_not_published_runs_are_refused(tmp_path):
+    for content in (b"", b"PAR1 no"):
+        (tmp_path / "x.parquet").write_bytes(content)
+        with pytest.raises(StoreError, match="is not a file of published runs"):
+            load_published(tmp_path / "x.parquet")
+    pd.DataFrame({"a": [1]}).to_parquet(tmp_path / "y.parquet")
+    with pytest.raises(StoreError, match="is not a file of published runs"):
+        load_published(tmp_path / "y.parquet")
+
+
+def test_provenance_says_what_a_reader_wants_to_know(store):
+    run = train(small_config(), store)
+    about = json.loads((store.folder(run.id) / "status.json").read_text())["provenance"]
+    assert about["standin"] is True
+    assert about["gradients"] == 2 * 30
+    assert about["matvecs"] == run.measurements.matvecs.sum()
+    assert about["seconds"] > 0
+    assert {"samlib", "torch", "python", "device", "threads", "dataset", "fingerprint", "commit"} <= set(about)
