@@ -97,6 +97,28 @@ def data(policy: Annotated[str, typer.Option(help="auto or real.")] = "real") ->
 
 
 @app.command()
+def claims(
+    published: Annotated[Path | None, typer.Option(help="Folder of published runs.")] = None,
+    profile: Annotated[str, typer.Option(help="Which published runs to judge.")] = "reduced",
+    update: Annotated[bool, typer.Option("--update", help="Write the verdicts down as the recorded ones.")] = False,
+) -> None:
+    """Judge the paper's claims by the published runs; fail if a recorded verdict no longer matches its data."""
+    from .claims import agrees_with_record, record, table, verdicts
+    from .runs import StoreError
+
+    try:
+        results = verdicts(published, profile)
+    except StoreError as error:
+        _fail(str(error), 1)
+    for row in table(results).itertuples(index=False):
+        print(f"{row[5]:15} {row[1]:12} {row[0]}\n{'':28} {row[2]}, wanted {row[3]}; {row[4]} runs support it")
+    if update:
+        record(results, published)
+    elif differences := agrees_with_record(results, published):
+        _fail("recorded verdicts do not match the data:\n" + "\n".join(differences), 1)
+
+
+@app.command()
 def book(
     profile: Annotated[str, typer.Option(help="Profile of the live runs: quick, reduced or paper.")] = "quick",
     data: Annotated[str, typer.Option(help="auto, real or standin.")] = "auto",

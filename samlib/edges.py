@@ -64,8 +64,8 @@ def sam_edge(grad_norm: Real, learning_rate: Real, rho: Real) -> Real:
 
     Source: Long & Bartlett (2024), the SAM edge of section 2.
 
-    >>> sam_edge(1.0, 0.5, 0.25)
-    2.47213595499958
+    >>> round(sam_edge(1.0, 0.5, 0.25), 9)
+    2.472135955
     >>> sam_edge(1.0, 0.5, 0.0)
     4.0
     """

@@ -34,6 +34,7 @@ __all__ = [
     "drawing",
     "edge_ratios",
     "eigenvalues",
+    "evaluation",
     "final_table",
     "headline",
     "larger",
@@ -296,6 +297,23 @@ def edge_ratios(runs: Sequence[Run]) -> Figure:
         "Operator norm divided by the edge (the SAM edge; 2/η for ρ = 0). At 1, training is at the edge of stability."
     )
     return Figure(svg, alt, caption + _bands_note(shown), data, tuple(shown), "edge_ratios")
+
+
+def evaluation(runs: Sequence[Run]) -> Figure:
+    """Mini-batch runs: the ratio of operator norm and edge on the current mini-batch and on a larger fixed batch."""
+    return _panels(
+        list(runs),
+        ["edge_ratio", "eval_edge_ratio"],
+        name="evaluation",
+        ylabel="‖H‖ / edge",
+        log=True,
+        alt="Line charts of the ratio of operator norm and edge on the current mini-batch and on a larger, fixed batch",
+        caption="Ratio of operator norm and edge, each from the same loss: that of the current mini-batch, and that of a "
+        "fixed batch four times as large.",
+        share_y="row",
+        colours={"edge_ratio": COLOURS["operator_norm"], "eval_edge_ratio": COLOURS["loss"]},
+        labels={"edge_ratio": "current mini-batch", "eval_edge_ratio": "larger fixed batch"},
+    )
 
 
 def final_table(runs: Sequence[Run]) -> pd.DataFrame:
