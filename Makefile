@@ -8,7 +8,7 @@ book: setup
 	$(BIN)/samlib book
 
 test: lint
-	$(BIN)/python -m pytest --cov=samlib --cov-report=term-missing:skip-covered --cov-fail-under=90
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses=2 --cov=samlib --cov-report=term-missing:skip-covered --cov-fail-under=90
 
 lint: setup
 	$(BIN)/ruff check .

@@ -308,7 +308,7 @@ def evaluation(runs: Sequence[Run]) -> Figure:
         ylabel="‖H‖ / edge",
         log=True,
         alt="Line charts of the ratio of operator norm and edge on the current mini-batch and on a larger, fixed batch",
-        caption="Ratio of operator norm and edge, each from the same loss: that of the current mini-batch, and that of a "
+        caption="Ratio of operator norm and edge, each of one loss: that of the current mini-batch, and that of a "
         "fixed batch four times as large.",
         share_y="row",
         colours={"edge_ratio": COLOURS["operator_norm"], "eval_edge_ratio": COLOURS["loss"]},

@@ -67,7 +67,7 @@ def test_a_grid_and_a_time_budget(tmp_path):
         (["--steps", "0"], "steps must be greater than or equal to 1, got 0"),
         (["--profile", "huge"], "profile must be 'quick', 'reduced' or 'paper', got 'huge'"),
         (["--data", "fake"], "data must be 'auto', 'real' or 'standin', got 'fake'"),
-        (["--set", "wdth=3"], "widht is not a setting of a run; there are experiment, profile"),
+        (["--set", "hue=3"], "hue is not a setting of a run; there are experiment, profile"),
         (["--set", "width"], "--set takes NAME=VALUE, got 'width'"),
         (["--set", "examples=1e9"], "asked for 1000000000 training examples"),
         (["--set", "batch_size=3"], "batch_size belongs to the shakespeare experiment"),
