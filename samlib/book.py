@@ -45,6 +45,7 @@ def build(root: Path, profile: str = "quick", data: str = "auto") -> Path:
         started = time.monotonic()
         print(f"executing {name}", flush=True)
         _execute(root, root / f"{name}.ipynb", stage / f"{name}.ipynb", {"profile": profile, "data": data})
+        _hide_injected_parameters(stage / f"{name}.ipynb")
         print(f"executed {name} in {time.monotonic() - started:.0f} s", flush=True)
 
     # Warnings are errors: a broken reference or a missing image must not reach a reader.
@@ -78,6 +79,17 @@ def notebooks_in(toc: Path) -> list[str]:
         return [f for item in node for f in files(item)] if isinstance(node, list) else []
 
     return [name for name in files(yaml.safe_load(toc.read_text())) if (toc.parent / f"{name}.ipynb").exists()]
+
+
+def _hide_injected_parameters(path: Path) -> None:
+    """The cell that papermill adds concerns the build, not the reader."""
+    import nbformat
+
+    notebook = nbformat.read(path, as_version=4)
+    for cell in notebook.cells:
+        if "injected-parameters" in cell.metadata.get("tags", []):
+            cell.metadata["tags"].append("remove-cell")
+    nbformat.write(notebook, path)
 
 
 def _execute(root: Path, source: Path, target: Path, values: dict[str, Any]) -> None:

@@ -57,6 +57,7 @@ COLOURS = {
     "grad_alignment": "#a08a1f",
     "sam_grad_alignment": "#b55fa8",
 }
+NAMES = {"mnist": "MNIST", "cifar10": "CIFAR-10", "shakespeare": "tiny_shakespeare"}
 LABELS = {
     "operator_norm": "operator norm ‖H‖",
     "sam_edge": "SAM edge",
@@ -112,7 +113,7 @@ class Figure:
         commands = sorted({command(run) for run in self.runs})
         shown = "\n".join(commands[:3]) + (f"\n… and {len(commands) - 3} more" if len(commands) > 3 else "")
         origin = (
-            f"<details><summary>{len(self.runs)} runs behind this figure</summary>"
+            f"<details><summary>{len(self.runs)} run{'s' * (len(self.runs) > 1)} behind this figure</summary>"
             f"<p>{ids}</p><pre>{html.escape(shown)}</pre></details>"
             if self.runs
             else ""
@@ -390,11 +391,11 @@ def headline(run: Run) -> Figure:
 
     config, last = run.config, run.last
     alt = (
-        f"During SAM training on {config.experiment} the operator norm of the Hessian meets the SAM edge and falls "
+        f"During SAM training on {NAMES[config.experiment]} the operator norm of the Hessian meets the SAM edge and falls "
         f"with it to {last.operator_norm:.2g}, far below the gradient-descent edge {last.gd_edge:.2g}"
     )
     caption = (
-        f"{config.experiment}, η = {config.learning_rate:g}, ρ = {config.rho:g}, seed {config.seed}, profile "
+        f"{NAMES[config.experiment]}, η = {config.learning_rate:g}, ρ = {config.rho:g}, seed {config.seed}, profile "
         f"{config.profile}: at step {last.step:.0f} the ratio of operator norm and SAM edge is {last.edge_ratio:.2f}, "
         f"and 2/η is {last.gd_edge / last.sam_edge:.1f} times the SAM edge."
     )
@@ -513,7 +514,7 @@ def _where(runs: Sequence[Run]) -> str:
     rates, rhos = (
         ", ".join(f"{v:g}" for v in sorted({getattr(r.config, n) for r in runs})) for n in ("learning_rate", "rho")
     )
-    return f"{runs[0].config.experiment}, learning rates {rates}; rhos {rhos}"
+    return f"{NAMES[runs[0].config.experiment]}, learning rates {rates}; rhos {rhos}"
 
 
 def _bands_note(runs: Sequence[Run]) -> str:
