@@ -105,7 +105,8 @@ def _sam_at_its_edge(run: Run, _: Sequence[Run]) -> dict[str, float] | None:
     fall, slope = (np.nan, np.nan)
     if len(after) > 2:
         fall = after.eigenvalue_1.iloc[0] / after.eigenvalue_1.iloc[-1]
-        slope = np.polyfit(np.log(after.sam_edge), np.log(after.operator_norm), 1)[0]
+        x, y = np.log(after.sam_edge), np.log(after.operator_norm)
+        slope = x.cov(y) / x.var() if x.var() > 0 else np.nan
     ratio = _last_half(run).edge_ratio.median()
     return {"ratio": ratio, "fall": fall, "slope": slope, "largest_ratio": rows.edge_ratio[rows.step > 0].max()}
 

@@ -391,7 +391,7 @@ def headline(run: Run) -> Figure:
 
     config, last = run.config, run.last
     alt = (
-        f"During SAM training on {NAMES[config.experiment]} the operator norm of the Hessian meets the SAM edge and falls "
+        f"During SAM training on {NAMES[config.experiment]} the norm of the Hessian meets the SAM edge and falls "
         f"with it to {last.operator_norm:.2g}, far below the gradient-descent edge {last.gd_edge:.2g}"
     )
     caption = (
