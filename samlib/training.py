@@ -76,7 +76,7 @@ def train(
 def train_grid(
     configs: Sequence[RunConfig],
     store: RunStore,
-    jobs: int = 1,
+    jobs: int | None = None,
     time_budget: float | None = None,
     progress: Progress | None = None,
     done: Callable[[Run], None] = lambda run: None,
@@ -86,7 +86,8 @@ def train_grid(
     Args:
         configs: the runs.
         store: where they are kept.
-        jobs: number of processes. With one, everything happens in this process.
+        jobs: number of processes; by default one per core, up to the number of runs. With one, everything happens in
+            this process.
         time_budget: seconds after which unfinished runs are left at their checkpoints.
         progress: called at each measurement, with one job only.
         done: called with each run as it completes.
@@ -98,7 +99,9 @@ def train_grid(
         ValueError, DataError: as :func:`train`, before anything is trained.
     """
     deadline = math.inf if time_budget is None else time.time() + time_budget
-    threads = max(1, (os.cpu_count() or 1) // jobs) if jobs > 1 else torch.get_num_threads()
+    cores = os.cpu_count() or 1
+    jobs = jobs or min(len(configs), cores)
+    threads = max(1, cores // jobs) if jobs > 1 else torch.get_num_threads()
     tasks = (
         joblib.delayed(_train_or_stop)(c, store, threads, progress if jobs == 1 else None, deadline) for c in configs
     )

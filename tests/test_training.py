@@ -234,7 +234,7 @@ def test_a_grid_in_processes_equals_one_after_the_other(store, tmp_path):
     torch.set_num_threads(1)
     configs = [small_config(rho=rho, seed=seed) for rho in (0.0, 0.1) for seed in (0, 1)]
     seen = []
-    alone = train_grid(configs, store, progress=lambda config, row: seen.append(config))
+    alone = train_grid(configs, store, jobs=1, progress=lambda config, row: seen.append(config))
     assert set(seen) == set(configs)
     done = []
     beside = train_grid(configs, RunStore(tmp_path / "other"), jobs=2, done=lambda run: done.append(run.id))
