@@ -100,7 +100,7 @@ def train_grid(
     """
     deadline = math.inf if time_budget is None else time.time() + time_budget
     cores = os.cpu_count() or 1
-    jobs = jobs or min(len(configs), cores)
+    jobs = jobs or max(1, min(len(configs), cores))
     threads = max(1, cores // jobs) if jobs > 1 else torch.get_num_threads()
     tasks = (
         joblib.delayed(_train_or_stop)(c, store, threads, progress if jobs == 1 else None, deadline) for c in configs
