@@ -151,29 +151,12 @@ def _config(settings: dict[str, Any]) -> Any:
     """A RunConfig, or a ValueError with one line per bad setting."""
     from pydantic import ValidationError
 
-    from .experiments import RunConfig
+    from .experiments import RunConfig, explain
 
     try:
         return RunConfig(**settings)
     except ValidationError as error:
         raise ValueError("\n".join(explain(error))) from None
-
-
-def explain(error: Any) -> list[str]:
-    """A validation error as one line per setting: its name, the value given and what is allowed."""
-    lines = []
-    for problem in error.errors():
-        name, message = ".".join(map(str, problem["loc"])), problem["msg"]
-        if problem["type"] == "missing":
-            lines.append(f"{name} is required (--{name.replace('_', '-')})")
-        elif problem["type"] == "extra_forbidden":
-            from .experiments import RunConfig
-
-            lines.append(f"{name} is not a setting of a run; there are {', '.join(RunConfig.model_fields)}")
-        else:
-            message = message.removeprefix("Value error, ").replace("Input should be", "must be")
-            lines.append(f"{name} {message}, got {problem['input']!r}" if name else message)
-    return lines
 
 
 def _pairs(texts: list[str], option: str) -> dict[str, str]:
