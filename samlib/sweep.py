@@ -46,6 +46,9 @@ class Point:
     id: str
     params: dict[str, Any]
 
+    def __hash__(self) -> int:
+        return hash(self.id)
+
 
 @dataclass(frozen=True)
 class Status:
@@ -166,8 +169,8 @@ def plan(
     if not grid and not any(points):
         problems.append("there is nothing to sweep; give --grid NAME=V1,V2,… or points in a configuration file")
     listed = {name for point in points for name in point}
-    for name in sorted((settings.keys() & grid.keys()) | (settings.keys() & listed) | (grid.keys() & listed)):
-        problems.append(f"{name} is given twice; let it stand in one of the settings, the grid and the points")
+    twice = (settings.keys() & grid.keys()) | (settings.keys() & listed) | (grid.keys() & listed)
+    problems += [f"{n} is given twice; let it stand in one of settings, grid and points" for n in sorted(twice)]
 
     # Each value is converted once, before the product repeats it.
     shared = _convert(settings, known, problems)
