@@ -94,7 +94,7 @@ class Cluster:
         """The processes that execute points."""
         nodes = [of] if of else [self.head, self.second]
         family = [p for node in nodes for p in _family(node.pid)]
-        return [p for p in family if "execute_point" in " ".join(_command(p))]
+        return [p for p in family if "ray::samlib sweep" in " ".join(_command(p))]
 
     def kill_second(self) -> None:
         _kill(*_family(self.second.pid))
