@@ -253,8 +253,8 @@ def main() -> None:
     undisturbed = time.monotonic() - started
     expected = sum(len(Journal(p).read()) for p in (folder / "undisturbed").glob("*/progress.jsonl"))
 
-    drill = Drill(command, folder / "disturbed", env, options.seed)
-    cluster = None if options.no_ray and not options.ray_node else Cluster(env)
+    drill = Drill(command, folder / ("node-killed" if options.ray_node else "disturbed"), env, options.seed)
+    cluster = Cluster(env) if options.ray_node or not options.no_ray else None
     started = time.monotonic()
     try:
         on_ray = ["--ray", cluster.address, "--retries", "5"] if cluster else local
@@ -290,13 +290,13 @@ def main() -> None:
             cluster.close()
     assert code == 0, f"the sweep ended with exit code {code}"
     drill.check_finished()
-    compare(folder / "undisturbed", folder / "disturbed")
+    compare(folder / "undisturbed", drill.out)
     result = {
         "points": options.points,
         "kills": drill.kills,
         "seconds_undisturbed": round(undisturbed, 1),
         "seconds_disturbed": round(time.monotonic() - started, 1),
-        **check_journals(folder / "disturbed"),
+        **check_journals(drill.out),
         "tables_equal": True,
     }
     print(json.dumps(result, indent=1))

@@ -189,7 +189,6 @@ def sweep_run(
             print(f"{len(planned.points)} points, {len(planned.left())} of them without a result; ", end="")
             print(f"about {duration(guess[0])}, {guess[1]}" if guess else "no estimate before a point was executed")
             return
-        planned.write()
         engine = Ray(ray, cpus, gpus) if ray else Local(jobs)
         run(planned, engine, limits)
     except SweepError as error:
@@ -219,6 +218,8 @@ def sweep_report(
         _fail(str(error), 1)
     except SweepError as error:
         _invalid(str(error))
+    except OSError as error:
+        _fail(f"cannot write the report: {error}", 1)
     print(f"{len(table)} points: {folder}/table.csv, table.parquet, report.ipynb and report.html")
 
 

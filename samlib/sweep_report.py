@@ -122,7 +122,13 @@ def _write_html(notebook: Path) -> None:
     from traitlets.config import Config
 
     removed = {"enabled": True, "remove_input_tags": ["hide-input", "parameters", "injected-parameters"]}
-    offline = {"require_js_url": "", "jquery_url": "", "mathjax_url": "", "mermaid_js_url": ""}
+    offline = {
+        "exclude_output_prompt": True,
+        "require_js_url": "",
+        "jquery_url": "",
+        "mathjax_url": "",
+        "mermaid_js_url": "",
+    }
     exporter = HTMLExporter(config=Config(TagRemovePreprocessor=removed, HTMLExporter=offline))
     page, _ = exporter.from_notebook_node(nbformat.read(notebook, as_version=4), {"metadata": {"name": "Sweep"}})
     atomic_write(notebook.with_suffix(".html"), page.encode())
@@ -213,11 +219,14 @@ def _plain(value: Any) -> str:
     return f"{value:g}" if isinstance(value, float) else str(value)
 
 
-def links(frame: pd.DataFrame) -> Any:
-    """The table for a page: numbers short, each point linked to its notebook."""
-    shown = frame.drop(columns="notebook").copy()
+def links(frame: pd.DataFrame, over: Sequence[str]) -> Any:
+    """The table for a page: swept parameters and results, numbers short, each point linked to its notebook."""
+    shared = [name for name in list(frame)[1 : list(frame).index("outcome")] if name not in over]
+    shown = frame.drop(columns=["notebook", *shared])
     shown["point"] = [
         f'<a href="{notebook}">{point}</a>' if notebook else point
         for point, notebook in zip(frame.point, frame.notebook, strict=True)
     ]
-    return shown.style.hide().format(precision=4, na_rep="–")
+    caption = ", ".join(f"{name} = {html.escape(str(frame[name].iloc[0]))}" for name in shared)
+    styled = shown.style.hide().format(lambda v: f"{v:.4g}", subset=list(shown.select_dtypes("number")), na_rep="–")
+    return styled.set_caption(f"The same for all points: {caption}") if caption else styled

@@ -10,6 +10,7 @@ import subprocess
 import sys
 import threading
 import time
+import warnings
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from contextlib import contextmanager
@@ -111,6 +112,12 @@ class Ray:
         except (ConnectionError, RuntimeError, ValueError) as error:
             reason = str(error).splitlines()[0]
             raise SweepError(f"--ray {address}: no Ray cluster there ({reason}); start one: ray start --head") from None
+        nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
+        if not any(node.get("CPU", 0) >= cpus and node.get("GPU", 0) >= gpus for node in nodes):
+            warnings.warn(
+                f"no node of the cluster has {cpus:g} cores and {gpus:g} GPUs now; points wait until one has",
+                stacklevel=2,
+            )
         self._ray, self._cpus, self._gpus = ray, cpus, gpus
         self._points: dict[Any, Point] = {}
         self._sweep: Any = None
@@ -202,9 +209,9 @@ class Reporter:
             yield
             return
         from rich.console import Console
-        from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
+        from rich.progress import BarColumn, Progress, TextColumn
 
-        columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TextColumn("{task.fields[at]}"))
+        columns = (TextColumn("{task.description}"), BarColumn(20), TextColumn("{task.fields[at]}"))
         with Progress(*columns, console=Console(stderr=True)) as self._bars:
             self._overall = self._bars.add_task("all points", total=len(self.todo), at="")
             yield
@@ -221,7 +228,8 @@ class Reporter:
                     self._lines[point] = self._bars.add_task(self.sweep.label(point), total=None, at="")
                 at = {"completed": event["step"], "total": event["steps"]} if "steps" in event else {}
                 self._bars.update(self._lines[point], at=_describe(event), **at)
-            self._bars.update(self._overall, at=self._time_left())
+            self._bars.update(self._overall, completed=self.done, at=self._time_left())
+            self._bars.refresh()
         elif time.monotonic() - self._shown > self._every:
             self._shown = time.monotonic()
             for point, event in self._last.items():
@@ -232,22 +240,20 @@ class Reporter:
         self.done += 1
         self._journals.pop(point, None)
         self._last.pop(point, None)
-        if self._bars:
-            if point in self._lines:
-                self._bars.remove_task(self._lines.pop(point))
-            self._bars.update(self._overall, completed=self.done, at=self._time_left())
+        if self._bars and point in self._lines:
+            self._bars.remove_task(self._lines.pop(point))
         if not self._bars or status.error:
             about = f"{self.sweep.label(point)}: {status.outcome} in {status.seconds:.1f} s"
-            line = f"{self.done}/{len(self.todo)} {point.id} {about}; {self._time_left()}"
+            line = f"{point.id} {about}; {self._time_left()}"
             (self._bars.console.print if self._bars else self._show)(line)
 
     def _time_left(self) -> str:
         parts = sum(e["step"] / e["steps"] for e in self._last.values() if e.get("steps"))
         done = self.done + parts
         if not done or self.done == len(self.todo):
-            return f"{duration(time.monotonic() - self._started)} so far"
+            return f"{self.done}/{len(self.todo)} in {duration(time.monotonic() - self._started)}"
         left = (time.monotonic() - self._started) * (len(self.todo) - done) / done
-        return f"about {duration(left)} left"
+        return f"{self.done}/{len(self.todo)}, about {duration(left)} left"
 
 
 def _describe(event: dict[str, Any]) -> str:
