@@ -12,13 +12,14 @@ import sys
 import threading
 import time
 from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
 import yaml
 
-__all__ = ["Execution", "NotebookError", "Parameter", "content_hash", "execute", "parameters"]
+__all__ = ["Execution", "NotebookError", "Parameter", "Workers", "content_hash", "execute", "parameters"]
 
 _DEAD = 3  # exit code of the process below when its kernel died
 _NOTHING = ("None", "none", "null", "~")
@@ -233,6 +234,7 @@ def execute(
     timeout: float | None = None,
     env: Mapping[str, str] | None = None,
     stop: threading.Event | None = None,
+    workers: Workers | None = None,
 ) -> Execution:
     """Execute one notebook with papermill in a process of its own, which ends when this one does.
 
@@ -246,27 +248,21 @@ def execute(
         timeout: seconds.
         env: additional environment variables.
         stop: set from another thread to give up.
+        workers: where to take the process from; by default it is started now.
     """
     # A temporary name until it succeeds: papermill writes the output notebook even when its kernel was killed.
     part = target.with_name(f"{target.stem}.part.ipynb")
-    request = {"source": str(source), "part": str(part), "values": dict(values), "cwd": str(cwd)}
+    paths = {"source": source, "part": part, "cwd": cwd, "log": log}
+    request = {"values": dict(values), "env": dict(env or {}), **{k: str(p.absolute()) for k, p in paths.items()}}
+    log.touch()
+    before = log.stat().st_size
     started = time.monotonic()
-    with log.open("ab") as messages:
-        before = messages.tell()
-        process = subprocess.Popen(
-            [sys.executable, "-m", "samlib.notebooks"],
-            stdin=subprocess.PIPE,
-            stdout=messages,
-            stderr=subprocess.STDOUT,
-            cwd=cwd,
-            env={**os.environ, **(env or {})},
-            start_new_session=True,  # Ctrl-C is for this process, which then ends the other
-        )
-        try:
-            code = _converse(process, request, timeout, stop)
-        finally:
-            process.kill()
-            process.wait()
+    process = workers.take() if workers else _start()
+    try:
+        code = _converse(process, request, timeout, stop)
+    finally:
+        process.kill()
+        process.wait()
     seconds = time.monotonic() - started
     if code == 0:
         with part.open("rb") as file:
@@ -292,12 +288,10 @@ def _converse(
     """Hand over the request, keep the pipe open as a sign of life, and wait: the exit code, or why we gave up."""
     assert process.stdin
     deadline = None if timeout is None else time.monotonic() + timeout
-    with process.stdin:
-        try:
+    try:
+        with suppress(BrokenPipeError):  # then it is dead already, and its exit code says so
             process.stdin.write(json.dumps(request).encode() + b"\n")
             process.stdin.flush()
-        except BrokenPipeError:
-            pass  # it is dead already; its exit code says so
         while True:
             try:
                 return process.wait(0.2)
@@ -306,14 +300,57 @@ def _converse(
                     return "stopped"
                 if deadline and time.monotonic() > deadline:
                     return "timed out"
+    finally:
+        with suppress(BrokenPipeError):
+            process.stdin.close()
+
+
+class Workers:
+    """Processes that have imported papermill and wait for a notebook, so that the next one need not."""
+
+    def __init__(self) -> None:
+        self._ready: list[subprocess.Popen[bytes]] = []
+        self._closed = False
+
+    def take(self) -> subprocess.Popen[bytes]:
+        """A process, and start its successor."""
+        try:
+            process = self._ready.pop()
+        except IndexError:
+            process = _start()
+        if not self._closed:
+            self._ready.append(_start())
+        return process if process.poll() is None else _start()
+
+    def close(self) -> None:
+        """End those that still wait."""
+        self._closed = True
+        while self._ready:
+            process = self._ready.pop()
+            process.kill()
+            process.communicate()
+
+
+def _start() -> subprocess.Popen[bytes]:
+    # In a session of its own: Ctrl-C is for this process, which then ends the other.
+    command = [sys.executable, "-m", "samlib.notebooks"]
+    return subprocess.Popen(command, stdin=subprocess.PIPE, start_new_session=True)
 
 
 def _main() -> int:
-    request = json.loads(sys.stdin.buffer.readline())
-    threading.Thread(target=_end_with_parent, daemon=True).start()
-
     import papermill
     from papermill.exceptions import PapermillExecutionError
+
+    line = sys.stdin.buffer.readline()
+    if not line:  # nothing to do, nobody there any more
+        return 0
+    request = json.loads(line)
+    threading.Thread(target=_end_with_parent, daemon=True).start()
+    with open(request["log"], "ab") as log:
+        os.dup2(log.fileno(), 1)
+        os.dup2(log.fileno(), 2)
+    os.environ.update(request["env"])
+    os.chdir(request["cwd"])
 
     metadata = _read(Path(request["source"])).metadata
     kernel = metadata.get("kernelspec", {}).get("name", "python3")

@@ -23,7 +23,7 @@ import yaml
 
 from .files import atomic_write
 from .journal import PROGRESS, Journal, append
-from .notebooks import NotebookError, Parameter, content_hash, execute, parameters
+from .notebooks import NotebookError, Parameter, Workers, content_hash, execute, parameters
 
 __all__ = ["Point", "Status", "Sweep", "SweepError", "execute_point", "load", "plan", "read_config"]
 
@@ -351,6 +351,7 @@ def execute_point(
     env: Mapping[str, str] | None = None,
     wait: bool = False,
     stop: threading.Event | None = None,
+    workers: Workers | None = None,
 ) -> Status | None:
     """Execute one point, unless it has a result.
 
@@ -362,6 +363,7 @@ def execute_point(
         env: additional environment variables of the kernel.
         wait: wait for a point that another process is executing.
         stop: set from another thread to give up.
+        workers: where to take the kernel's papermill process from.
 
     Returns:
         The status; None if it was stopped, or another process is executing it and ``wait`` is false.
@@ -379,7 +381,7 @@ def execute_point(
     try:
         if _has_result(folder):
             return _status(folder)
-        status = _execute(sweep, point, folder, timeout, retries, env or {}, stop)
+        status = _execute(sweep, point, folder, timeout, retries, env or {}, stop, workers)
         if status:
             atomic_write(folder / "status.json", json.dumps(asdict(status), indent=1).encode())
         return status
@@ -395,6 +397,7 @@ def _execute(
     retries: int,
     env: Mapping[str, str],
     stop: threading.Event | None,
+    workers: Workers | None,
 ) -> Status | None:
     if not sweep.cwd.is_dir():
         return Status("failed", error=f"there is no folder {sweep.cwd} here; start the sweep in a folder all nodes see")
@@ -413,6 +416,7 @@ def _execute(
             timeout=timeout,
             env={**env, PROGRESS: str(progress)},
             stop=stop,
+            workers=workers,
         )
         if done.outcome == "stopped":
             return None

@@ -18,7 +18,7 @@ from dataclasses import dataclass
 from typing import Any, Protocol
 
 from .journal import Journal
-from .notebooks import parameters
+from .notebooks import Workers, parameters
 from .sweep import Point, Status, Sweep, SweepError, execute_point
 
 __all__ = ["Limits", "Local", "Ray", "Reporter", "cores", "duration", "estimate", "gpus", "run"]
@@ -64,7 +64,7 @@ class Local:
             shared | ({"CUDA_VISIBLE_DEVICES": devices[slot % len(devices)]} if devices else {})
             for slot in range(self.jobs)
         ]
-        self._stop = threading.Event()
+        self._stop, self._workers = threading.Event(), Workers()
         self._pool = ThreadPoolExecutor(self.jobs)
         self._running: dict[Future[Status | None], Point] = {}
 
@@ -75,7 +75,14 @@ class Local:
         env = self._slots.pop()
         try:
             return execute_point(
-                sweep, point, timeout=limits.timeout, retries=limits.retries, env=env, wait=wait, stop=self._stop
+                sweep,
+                point,
+                timeout=limits.timeout,
+                retries=limits.retries,
+                env=env,
+                wait=wait,
+                stop=self._stop,
+                workers=self._workers,
             )
         finally:
             self._slots.append(env)
@@ -87,6 +94,7 @@ class Local:
     def close(self) -> None:
         self._stop.set()
         self._pool.shutdown(cancel_futures=True)
+        self._workers.close()
 
 
 class Ray:
