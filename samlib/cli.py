@@ -210,11 +210,11 @@ def sweep_report(
 ) -> None:
     """Gather a sweep: a table (CSV, Parquet) and a page of heatmaps."""
     from .sweep import SweepError
-    from .sweep_report import MissingPoints, report
+    from .sweep_report import ReportError, report
 
     try:
         table = report(folder, allow_partial)
-    except MissingPoints as error:
+    except ReportError as error:
         _fail(str(error), 1)
     except SweepError as error:
         _invalid(str(error))

@@ -15,13 +15,13 @@ import pandas as pd
 
 from .files import atomic_write
 from .notebooks import execute
-from .sweep import RESULTS, Point, Status, Sweep, SweepError, load
+from .sweep import RESULTS, Point, Status, Sweep, load
 
 if TYPE_CHECKING:
     from .figures import Figure
     from .runs import RunStore
 
-__all__ = ["MissingPoints", "axes", "heatmap", "heatmaps", "links", "report", "table"]
+__all__ = ["ReportError", "axes", "heatmap", "heatmaps", "links", "report", "table"]
 
 _PAGE = Path(__file__).parents[1] / "notebooks" / "sweep_report.ipynb"
 _MEASURED = {
@@ -33,8 +33,8 @@ _MEASURED = {
 _FIXED = ("point", "outcome", "run_id", "operator_norm", "seconds", "notebook")
 
 
-class MissingPoints(Exception):
-    """Points without a result; the message says which."""
+class ReportError(Exception):
+    """A report that could not be made: points without a result, or a page that failed; the message says which."""
 
 
 def table(folder: str | os.PathLike[str]) -> pd.DataFrame:
@@ -91,8 +91,8 @@ def report(folder: str | os.PathLike[str], allow_partial: bool = False) -> pd.Da
         The table.
 
     Raises:
-        SweepError: if the folder holds no sweep, or the page could not be made.
-        MissingPoints: if points have no result.
+        SweepError: if the folder holds no sweep.
+        ReportError: if points have no result, or the page could not be made.
     """
     folder = Path(folder).absolute()
     frame = table(folder)
@@ -100,7 +100,7 @@ def report(folder: str | os.PathLike[str], allow_partial: bool = False) -> pd.Da
     if len(missing) and not allow_partial:
         counts = ", ".join(f"{n} {outcome}" for outcome, n in missing.outcome.value_counts().items())
         ids = ", ".join(missing.point[:3]) + (", …" if len(missing) > 3 else "")
-        raise MissingPoints(
+        raise ReportError(
             f"{len(missing)} of {len(frame)} points have no result ({counts}: {ids}); "
             "run the sweep's command again, or report what there is with --allow-partial"
         )
@@ -111,7 +111,7 @@ def report(folder: str | os.PathLike[str], allow_partial: bool = False) -> pd.Da
     atomic_write(folder / "table.csv", plain.to_csv(index=False).encode())
     done = execute(_PAGE, folder / "report.ipynb", {"folder": str(folder)}, folder, folder / "report.log")
     if done.outcome != "finished":
-        raise SweepError(f"the report's notebook {done.outcome}:\n{done.error}")
+        raise ReportError(f"the report's notebook {done.outcome}:\n{done.error}")
     _write_html(folder / "report.ipynb")
     return frame
 

@@ -25,6 +25,8 @@ __all__ = ["Limits", "Local", "Ray", "Reporter", "cores", "duration", "estimate"
 
 _THREADS = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS", "NUMEXPR_NUM_THREADS")
 
+_START = 6.0  # seconds until a kernel has started and imported PyTorch, roughly
+
 Done = tuple[Point, Status | None]
 
 
@@ -356,9 +358,6 @@ def estimate(sweep: Sweep, jobs: int = 1) -> tuple[float, str] | None:
         step, measurement = timed[kind]
         total += config.steps * step + (config.steps // config.measure_every + 1) * measurement + _START
     return total / min(jobs, len(left)), "from a few steps timed here"
-
-
-_START = 6.0  # seconds until a kernel has started and imported PyTorch, roughly
 
 
 def _time(config: Any, threads: int) -> tuple[float, float]:
