@@ -11,6 +11,7 @@ trained again after it was done, and no point counted as finished before its not
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 import os
 import random
@@ -167,7 +168,7 @@ class Drill:
         """Wait for a random moment, a number of events from now; false if the sweep ended before."""
         goal = self.count() + events
         until(lambda: not self.alive() or self.count() >= goal, f"{events} events")
-        time.sleep(self.random.uniform(0, 0.4))  # the moment is random, nothing waits for it
+        time.sleep(self.random.uniform(0, 0.1))  # the moment is random, nothing waits for it
         return self.alive()
 
     def kill(self, victim: str, processes: Callable[[], list[psutil.Process]]) -> None:
@@ -268,6 +269,9 @@ def main() -> None:
             cluster.kill_second()
             drill.kills.append({"victim": "Ray node", "events": drill.count(), "finished": before})
         else:
+            # All within the first part of an undisturbed sweep's events, so that there is something left to kill.
+            moments = sorted(drill.random.sample(range(1, expected * 6 // 10), options.kills))
+            gaps = [moments[0], *(b - a for a, b in itertools.pairwise(moments))]
             victims = ["sweep", "kernel"] + ([] if options.no_ray else ["Ray worker"])
             while len(drill.kills) < options.kills:
                 victim = victims[len(drill.kills) % len(victims)]
@@ -275,8 +279,8 @@ def main() -> None:
                     if drill.alive():
                         drill.stop()  # to change the engine
                     drill.start(*(on_ray if victim == "Ray worker" else local))
-                if not drill.moment(drill.random.randint(1, max(1, expected // options.kills))):
-                    break
+                if not drill.moment(gaps[len(drill.kills)]):
+                    raise SystemExit("the sweep ended before all kills; give it more --steps or fewer --kills")
                 drill.kill(victim, cluster.workers if cluster and victim == "Ray worker" else drill.kernels)
         if not drill.alive():
             drill.start(*(on_ray if options.ray_node else local))

@@ -488,7 +488,7 @@ def test_an_estimate_comes_from_executed_points(trivial, tmp_path):
     assert [sweep_run.duration(s) for s in (5, 300, 7200)] == ["5 s", "5 min", "2.0 h"]
 
 
-SMALL = ("--points=2", "--steps=300", "--width=16")
+SMALL = ("--points=2", "--steps=600", "--width=16")
 
 
 def drill(folder, *options):
