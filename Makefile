@@ -14,7 +14,7 @@ lint: setup
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
-	$(BIN)/codespell README.md CONTRIBUTING.md book samlib tests data/README.md
+	$(BIN)/codespell README.md CONTRIBUTING.md book samlib tests benchmarks data/README.md
 
 # All that continuous integration runs.
 check: test book
@@ -24,7 +24,7 @@ setup: .venv/ready
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and f"samlib needs Python 3.11 or newer, found {sys.version.split()[0]}; run make PYTHON=/path/to/python3.11")'
 	@echo "Setting up .venv (a few minutes: PyTorch and Jupyter Book are large)"
 	$(PYTHON) -m venv .venv
-	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable ".[book,test]"
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable ".[book,ray,test]"
 	@touch $@
 
 clean:

@@ -11,6 +11,8 @@ from typing import Any
 
 import yaml
 
+from .notebooks import execute, parameters
+
 __all__ = ["BookError", "build", "notebooks_in"]
 
 
@@ -93,17 +95,9 @@ def _hide_injected_parameters(path: Path) -> None:
 
 
 def _execute(root: Path, source: Path, target: Path, values: dict[str, Any]) -> None:
-    """Execute one notebook in a process of its own; pass those values that it has parameters for."""
-    from papermill import inspect_notebook
-
-    known = inspect_notebook(str(source))
-    chosen = [part for name, value in values.items() if name in known for part in ("-p", name, value)]
-    # A temporary name until it succeeds: papermill writes the output notebook even when its kernel was killed.
-    part = target.with_suffix(".part.ipynb")
-    command = [sys.executable, "-m", "papermill", str(source), str(part), "--cwd", str(root), *chosen]
-    command += ["--kernel", "python3", "--no-progress-bar", "--log-level", "WARNING"]
-    done = subprocess.run(command, capture_output=True, text=True)
-    if done.returncode:
-        error = (done.stderr or done.stdout).strip().splitlines()
-        raise BookError(f"{source.name} failed:\n" + "\n".join(error[-30:]))
-    part.rename(target)
+    """Execute one notebook; pass those values that it has parameters for."""
+    known = parameters(source) or {}
+    chosen = {name: value for name, value in values.items() if name in known}
+    done = execute(source, target, chosen, root, target.with_suffix(".log"))
+    if done.outcome != "finished":
+        raise BookError(f"{source.name} {done.outcome}:\n{done.error}")

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import collections
 import itertools
 import json
+import re
 import sys
 import warnings
 from pathlib import Path
 from typing import Annotated, Any, NoReturn
 
 import typer
+import typer.core
 
 app = typer.Typer(
     help="SAM at the edge of stability: train runs, sweep parameters, check the claims, build the book.",
@@ -60,7 +63,7 @@ def run(
     settings |= {"profile": profile, "data": data, "device": device, **_pairs(setting or [], "--set")}
     axes = {name: text.split(",") for name, text in _pairs(grid or [], "--grid").items()}
     points = [settings | dict(zip(axes, values, strict=True)) for values in itertools.product(*axes.values())]
-    budget = _seconds(time_budget) if time_budget else None
+    budget = _seconds(time_budget, "--time-budget") if time_budget else None
 
     from .datasets import DataError
     from .runs import RunStore, StoreError, published_path
@@ -139,6 +142,127 @@ def book(
     print(f"The book is built. Open {index}")
 
 
+class _SweepGroup(typer.core.TyperGroup):
+    """``samlib sweep NOTEBOOK …`` means ``samlib sweep run NOTEBOOK …``; the value of ``--ray`` may be left out."""
+
+    def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
+        if args and args[0] not in self.commands and args[0] != "--help":
+            args = ["run", *args]
+        for at in [i for i, word in enumerate(args) if word == "--ray"]:
+            following = args[at + 1 : at + 2]
+            if not following or following[0].startswith("-") or following[0].endswith(".ipynb"):
+                args[at] = "--ray=auto"
+        return super().parse_args(ctx, args)
+
+
+sweep_app = typer.Typer(
+    cls=_SweepGroup, no_args_is_help=True, help="Execute a notebook over a grid of parameters, and gather the results."
+)
+app.add_typer(sweep_app, name="sweep")
+
+
+@sweep_app.command(name="run")
+def sweep_run(
+    notebook: Annotated[Path, typer.Argument(help="A notebook with a cell tagged 'parameters'.")],
+    out: Annotated[Path, typer.Option(help="Folder of the sweep; the same command with the same folder continues.")],
+    setting: Annotated[
+        list[str] | None, typer.Option("--set", metavar="NAME=VALUE", help="A parameter of all points; repeatable.")
+    ] = None,
+    grid: Annotated[
+        list[str] | None, typer.Option(metavar="NAME=V1,V2,…", help="A parameter to sweep; repeatable.")
+    ] = None,
+    config: Annotated[
+        Path | None, typer.Option(help="YAML file with set, grid, ranges and points; --set and --grid override it.")
+    ] = None,
+    jobs: Annotated[
+        int | None, typer.Option(min=1, help="Notebooks side by side; by default one per GPU, else one.")
+    ] = None,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Print the points and an estimate, and stop.")] = False,
+    timeout: Annotated[str | None, typer.Option(help="Give up on a point after this time (90s, 9m, 2h).")] = None,
+    retries: Annotated[int, typer.Option(min=0, help="Further attempts when a kernel died.")] = 2,
+    ray: Annotated[
+        str | None, typer.Option(metavar="[ADDRESS]", help="Execute on a Ray cluster: auto, HOST:PORT or ray://….")
+    ] = None,
+    cpus: Annotated[float, typer.Option(min=0, help="With --ray: cores per point.")] = 1,
+    gpus: Annotated[float, typer.Option(min=0, help="With --ray: GPUs per point; fractions share one.")] = 0,
+) -> None:
+    """Execute a notebook at every point of a grid.
+
+    samlib sweep notebooks/run.ipynb --grid learning_rate=0.1,0.3 --grid rho=0,0.1 --out sweeps/first --jobs 2
+    """
+    from .sweep import SweepError, plan, read_config
+    from .sweep_run import Limits, Local, Ray, duration, estimate, run
+
+    limits = Limits(_seconds(timeout, "--timeout") if timeout else None, retries)
+    settings, axes = _pairs(setting or [], "--set"), _pairs(grid or [], "--grid")
+    try:
+        request = read_config(config) if config else {"settings": {}, "grid": {}, "points": None}
+        for name in settings.keys() | axes.keys():
+            request["settings"].pop(name, None)
+            request["grid"].pop(name, None)
+        request["settings"] |= settings
+        # Not at the commas inside of brackets: a value may be a list.
+        request["grid"] |= {name: re.split(r",(?![^\[{]*[\]}])", text) for name, text in axes.items()}
+        planned = plan(notebook, out, **request)
+        if dry_run:
+            for point in planned.points:
+                print(point.id, " ".join(f"{name}={value}" for name, value in point.params.items()))
+            guess = estimate(planned, jobs or 1)
+            print(f"{len(planned.points)} points, {len(planned.left())} of them without a result; ", end="")
+            print(f"about {duration(guess[0])}, {guess[1]}" if guess else "no estimate before a point was executed")
+            return
+        engine = Ray(ray, cpus, gpus) if ray else Local(jobs)
+        run(planned, engine, limits)
+    except SweepError as error:
+        _invalid(str(error))
+    except OSError as error:
+        reason = f"{error.strerror} ({error.filename})" if error.filename else error.strerror
+        _fail(f"cannot write the sweep: {reason}. What was done is kept; the same command continues", 1)
+    except KeyboardInterrupt:
+        _fail("interrupted; the same command continues", 130)
+    raise typer.Exit(_closing_table(planned))
+
+
+@sweep_app.command(name="report")
+def sweep_report(
+    folder: Annotated[Path, typer.Argument(help="Folder of a sweep.")],
+    allow_partial: Annotated[
+        bool, typer.Option("--allow-partial", help="Report also if some points have no result.")
+    ] = False,
+) -> None:
+    """Gather a sweep: a table (CSV, Parquet) and a page of heatmaps."""
+    from .sweep import SweepError
+    from .sweep_report import ReportError, report
+
+    try:
+        table = report(folder, allow_partial)
+    except ReportError as error:
+        _fail(str(error), 1)
+    except SweepError as error:
+        _invalid(str(error))
+    except OSError as error:
+        _fail(f"cannot write the report: {error}", 1)
+    print(f"{len(table)} points: {folder}/table.csv, table.parquet, report.ipynb and report.html")
+
+
+def _closing_table(sweep: Any) -> int:
+    """What became of each point that is not a result, and the exit code."""
+    statuses = {point: sweep.status(point) for point in sweep.points}
+    counts = collections.Counter(status.outcome if status else "not executed" for status in statuses.values())
+    print(f"{len(statuses)} points: " + ", ".join(f"{count} {outcome}" for outcome, count in counts.items()))
+    left = sweep.left()
+    for point in left:
+        status = statuses[point]
+        reason = (status.error.strip().splitlines() or [""])[-1] if status else ""
+        print(f"  {point.id} {sweep.label(point)}: {status.outcome if status else 'not executed'} {reason}")
+        print(f"    log: {sweep.out / point.id / 'log.txt'}")
+    if left:
+        print(f"the same command executes these {len(left)} again and leaves the others as they are")
+    else:
+        print(f"next: samlib sweep report {sweep.out}")
+    return int(bool(left))
+
+
 class _Reporter:
     """Progress on the terminal: one bar per run being trained, one line per completed run."""
 
@@ -173,29 +297,12 @@ def _config(settings: dict[str, Any]) -> Any:
     """A RunConfig, or a ValueError with one line per bad setting."""
     from pydantic import ValidationError
 
-    from .experiments import RunConfig
+    from .experiments import RunConfig, explain
 
     try:
         return RunConfig(**settings)
     except ValidationError as error:
         raise ValueError("\n".join(explain(error))) from None
-
-
-def explain(error: Any) -> list[str]:
-    """A validation error as one line per setting: its name, the value given and what is allowed."""
-    lines = []
-    for problem in error.errors():
-        name, message = ".".join(map(str, problem["loc"])), problem["msg"]
-        if problem["type"] == "missing":
-            lines.append(f"{name} is required (--{name.replace('_', '-')})")
-        elif problem["type"] == "extra_forbidden":
-            from .experiments import RunConfig
-
-            lines.append(f"{name} is not a setting of a run; there are {', '.join(RunConfig.model_fields)}")
-        else:
-            message = message.removeprefix("Value error, ").replace("Input should be", "must be")
-            lines.append(f"{name} {message}, got {problem['input']!r}" if name else message)
-    return lines
 
 
 def _pairs(texts: list[str], option: str) -> dict[str, str]:
@@ -210,7 +317,7 @@ def _pairs(texts: list[str], option: str) -> dict[str, str]:
     return pairs
 
 
-def _seconds(text: str) -> float:
+def _seconds(text: str, option: str) -> float:
     units = {"s": 1, "m": 60, "h": 3600}
     try:
         value = float(text[:-1]) * units[text[-1]] if text[-1:] in units else float(text)
@@ -218,7 +325,7 @@ def _seconds(text: str) -> float:
             return value
     except ValueError:
         pass
-    _invalid(f"--time-budget takes a positive time such as 90s, 9m or 2h, got {text!r}")
+    _invalid(f"{option} takes a positive time such as 90s, 9m or 2h, got {text!r}")
 
 
 def _invalid(message: str) -> NoReturn:

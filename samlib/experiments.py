@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from typing import Annotated, Any, Literal
 
 import torch
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
 from torch import Tensor
 from torch.nn import functional as F
 
@@ -18,7 +18,7 @@ from .datasets import DataPolicy, Dataset, load_dataset
 from .models import CNN, MLP, Transformer
 from .objective import Loss, Objective, flatten_parameters
 
-__all__ = ["EXPERIMENTS", "PROFILES", "Experiment", "RunConfig", "grid", "profile_settings"]
+__all__ = ["EXPERIMENTS", "PROFILES", "Experiment", "RunConfig", "explain", "grid", "profile_settings"]
 
 RECORD_VERSION = 1  # part of a run's id; raise it when the same configuration would be recorded differently
 
@@ -150,6 +150,21 @@ class RunConfig(BaseModel):
     def load_dataset(self) -> Dataset:
         """The data set this configuration asks for."""
         return load_dataset(self.experiment, self.examples, self.data, self.sequence_length or 64)
+
+
+def explain(error: ValidationError) -> list[str]:
+    """A validation error as one line per setting: its name, the value given and what is allowed."""
+    lines = []
+    for problem in error.errors():
+        name, message = ".".join(map(str, problem["loc"])), problem["msg"]
+        if problem["type"] == "missing":
+            lines.append(f"{name} is required (--{name.replace('_', '-')})")
+        elif problem["type"] == "extra_forbidden":
+            lines.append(f"{name} is not a setting of a run; there are {', '.join(RunConfig.model_fields)}")
+        else:
+            message = message.removeprefix("Value error, ").replace("Input should be", "must be")
+            lines.append(f"{name} {message}, got {problem['input']!r}" if name else message)
+    return lines
 
 
 def grid(

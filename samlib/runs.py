@@ -18,6 +18,7 @@ import pandas as pd
 import torch
 
 from .experiments import RunConfig
+from .files import atomic_write
 
 __all__ = [
     "Run",
@@ -184,17 +185,6 @@ class RunStore:
 def _checksum(measurements: bytes, outcome: str, provenance: dict[str, Any]) -> str:
     about = json.dumps([outcome, provenance], sort_keys=True)
     return hashlib.sha256(measurements + about.encode()).hexdigest()
-
-
-def atomic_write(path: Path, content: bytes) -> None:
-    """Write a file so that a reader, or the next process after a crash, sees all of it or the one before."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    part = path.with_name(f"{path.name}.{os.getpid()}.part")
-    with part.open("wb") as file:
-        file.write(content)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(part, path)
 
 
 # Published runs: one Parquet file per experiment. Its rows are the measurements, with the run's id and grid position;

@@ -21,13 +21,14 @@ from . import __version__
 from .edges import gd_edge, sam_edge
 from .experiments import Experiment, RunConfig
 from .hessian import HessianOperator, extreme_eigenpairs
+from .journal import note
 from .objective import Objective
 from .optim import sam_perturb, sam_step
 from .runs import Outcome, Run, RunStore
 
 __all__ = ["OutOfTime", "measure", "train", "train_grid"]
 
-CHECKPOINT_SECONDS = 5.0
+CHECKPOINT_SECONDS = float(os.environ.get("SAMLIB_CHECKPOINT_SECONDS", 5))
 DIVERGED = 1e3  # a loss this many times the initial one never came back in any run we saw
 EVALUATE_EVERY = 4  # mini-batch runs repeat each fourth measurement on the larger evaluation batch
 
@@ -70,6 +71,7 @@ def train(
             run = _train(run_id, Experiment(config, dataset), store, progress, deadline)
             if store:
                 store.save(run)
+        note("done", run=run_id, outcome=run.outcome)
     return run
 
 
@@ -137,6 +139,7 @@ def _train(
     saved = time.monotonic()
     losses: list[Tensor] = []  # of the last steps, not yet checked: on a GPU each check waits for the device
     outcome: Outcome = "finished"
+    note("start", run=run_id, step=first_step, steps=config.steps)
 
     def checked(step: int) -> int | None:
         """The first of the last steps at which the loss was beyond recovery."""
@@ -160,6 +163,8 @@ def _train(
             if not row["loss"] <= DIVERGED * rows[0]["loss"]:
                 outcome = "diverged"
                 break
+            shown = {"loss": row["loss"], "edge_ratio": row["edge_ratio"]}
+            note("step", run=run_id, step=step, steps=config.steps, **shown)
             if progress:
                 progress(config, rows[-1])
         if step == config.steps:
@@ -178,6 +183,7 @@ def _train(
         if store and due:
             state = {"step": step + 1, "params": params, "subspaces": subspaces, "rows": rows}
             store.save_checkpoint(run_id, {**state, "seconds": time.monotonic() - started})
+            note("checkpoint", run=run_id, step=step + 1)
             saved = time.monotonic()
         if late:
             raise OutOfTime(f"run {run_id} stopped after step {step + 1} of {config.steps}")

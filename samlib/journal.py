@@ -1,0 +1,66 @@
+"""What a run says on its way, for whoever watches it: JSON lines appended to the file that SAMLIB_PROGRESS names."""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+__all__ = ["PROGRESS", "Journal", "note", "record"]
+
+PROGRESS = "SAMLIB_PROGRESS"
+
+
+def note(event: str, **values: Any) -> None:
+    """Append an event to the journal; without ``SAMLIB_PROGRESS`` in the environment do nothing."""
+    if path := os.environ.get(PROGRESS):
+        append(Path(path), event, **values)
+
+
+def append(path: Path, event: str, **values: Any) -> None:
+    """Append an event to a journal."""
+    # One write, and a newline before it: a line that a killed process left half-written stays alone.
+    line = "\n" + json.dumps({"event": event, **values}, default=float) + "\n"
+    with path.open("ab", buffering=0) as file:
+        file.write(line.encode())
+
+
+def record(**values: float | int | str | bool | None) -> None:
+    """Put results of a notebook of one's own into the sweep's table; outside a sweep do nothing.
+
+    Args:
+        values: one column each; the last value counts.
+    """
+    note("record", values=values)
+
+
+class Journal:
+    """A journal being read while others append to it.
+
+    Args:
+        path: the file; it need not exist yet.
+        skip: ignore what it holds now.
+    """
+
+    def __init__(self, path: Path, skip: bool = False) -> None:
+        self.path = path
+        self._offset = path.stat().st_size if skip and path.exists() else 0
+
+    def read(self) -> list[dict[str, Any]]:
+        """The events since the last call; incomplete lines are left for the next."""
+        try:
+            with self.path.open("rb") as file:
+                file.seek(self._offset)
+                content = file.read()
+        except FileNotFoundError:
+            return []
+        complete = content[: content.rfind(b"\n") + 1]
+        self._offset += len(complete)
+        events = []
+        for line in complete.splitlines():
+            try:
+                events.append(json.loads(line))
+            except ValueError:  # blank, or cut short by a kill
+                continue
+        return events

@@ -1,0 +1,430 @@
+"""A sweep: one notebook, many points. Planned and validated before a kernel starts; each point a folder on disk.
+
+On disk: ``<out>/sweep.json`` (the plan), ``<out>/notebook.ipynb`` (the copy that is executed), ``<out>/runs`` (the run
+store) and ``<out>/<point>/{params.json, executed.ipynb, status.json, progress.jsonl, log.txt}``. ``status.json`` is
+written last: a point without one is not done, whatever else its folder holds.
+"""
+
+from __future__ import annotations
+
+import functools
+import hashlib
+import itertools
+import json
+import os
+import threading
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import filelock
+import yaml
+
+from .files import atomic_write
+from .journal import PROGRESS, Journal, append
+from .notebooks import NotebookError, Parameter, Workers, content_hash, execute, parameters
+
+__all__ = ["Point", "Status", "Sweep", "SweepError", "execute_point", "load", "plan", "read_config"]
+
+RESULTS = ("finished", "diverged")  # outcomes that are not executed again
+_VERSION = 1
+_RANGES = ("linspace", "logspace", "geomspace")  # as NumPy defines them
+
+
+class SweepError(ValueError):
+    """A request that cannot be carried out; one line per problem."""
+
+    def __init__(self, *problems: str) -> None:
+        super().__init__("\n".join(problems))
+
+
+@dataclass(frozen=True)
+class Point:
+    """One execution of the notebook: its id, a hash of notebook and parameters, and the parameters."""
+
+    id: str
+    params: dict[str, Any]
+
+    def __hash__(self) -> int:
+        return hash(self.id)
+
+
+@dataclass(frozen=True)
+class Status:
+    """How a point ended.
+
+    Attributes:
+        outcome: "finished"; "diverged" if a run in it did; "failed" if a cell raised; "killed" if its kernel died more
+            often than it was retried; "timed out".
+        runs: ids of the runs in it, completed or loaded, in order.
+        values: what the notebook passed to :func:`samlib.journal.record`.
+        seconds: wall time of the last attempt.
+        attempts: number of attempts of the last command.
+        error: the traceback or the end of the log.
+    """
+
+    outcome: str
+    runs: list[str] = field(default_factory=list)
+    values: dict[str, Any] = field(default_factory=dict)
+    seconds: float = 0.0
+    attempts: int = 1
+    error: str = ""
+
+
+@dataclass(frozen=True)
+class Sweep:
+    """A validated plan.
+
+    Attributes:
+        notebook: the notebook.
+        digest: hash of its cells.
+        out: the sweep's folder.
+        cwd: the kernels' working folder.
+        store: whether each point gets ``store=<out>/runs``.
+        points: what to execute.
+    """
+
+    notebook: Path
+    digest: str
+    out: Path
+    cwd: Path
+    store: bool
+    points: tuple[Point, ...]
+
+    @functools.cached_property
+    def swept(self) -> list[str]:
+        """The names that differ between points."""
+        names = dict.fromkeys(name for point in self.points for name in point.params)
+        return [n for n in names if len({json.dumps(p.params.get(n)) for p in self.points}) > 1]
+
+    def label(self, point: Point) -> str:
+        """A point in a line: what distinguishes it from the others."""
+        shown = self.swept or list(point.params)
+        return " ".join(f"{name}={point.params[name]}" for name in shown if name in point.params)
+
+    def status(self, point: Point) -> Status | None:
+        """How a point ended, or None if it did not yet."""
+        return _status(self.out / point.id)
+
+    def left(self) -> list[Point]:
+        """The points without a result."""
+        return [p for p in self.points if not _has_result(self.out / p.id)]
+
+    def write(self) -> None:
+        """Create the sweep's folder, or check that it holds this very sweep.
+
+        Raises:
+            SweepError: if the folder holds another sweep or something else.
+        """
+        if (self.out / "sweep.json").exists():
+            there = load(self.out)
+            if there.digest != self.digest:
+                difference = f"of another notebook, or of another version of {there.notebook.name}"
+            elif {p.id for p in there.points} != {p.id for p in self.points}:
+                difference = f"of {len(there.points)} other points"
+            else:
+                return
+            raise SweepError(f"--out {self.out} holds a sweep {difference}; give another folder")
+        if self.out.exists() and not self.out.is_dir():
+            raise SweepError(f"--out {self.out} is a file; give a folder")
+        # What a sweep killed while it was being created may have left does not count.
+        strangers = [f.name for f in self.out.iterdir() if f.suffix != ".part"] if self.out.exists() else []
+        if set(strangers) - {"notebook.ipynb"}:
+            raise SweepError(f"--out {self.out} holds other files ({strangers[0]}); give a new or an empty folder")
+        plan = asdict(self) | {"version": _VERSION, "notebook": str(self.notebook), "cwd": str(self.cwd)}
+        plan.pop("out")  # the folder may move
+        atomic_write(self.out / "notebook.ipynb", self.notebook.read_bytes())
+        atomic_write(self.out / "sweep.json", json.dumps(plan, indent=1).encode())
+
+
+def plan(
+    notebook: str | os.PathLike[str],
+    out: str | os.PathLike[str],
+    settings: Mapping[str, Any] | None = None,
+    grid: Mapping[str, Sequence[Any]] | None = None,
+    points: Sequence[Mapping[str, Any]] | None = None,
+) -> Sweep:
+    """Validate a sweep; nothing is written and no kernel starts.
+
+    Args:
+        notebook: a papermill notebook.
+        out: the sweep's folder.
+        settings: parameters that all points share.
+        grid: values of the parameters to combine.
+        points: an explicit list of points; with a grid, each is combined with every point of the grid.
+
+    Raises:
+        SweepError: with all problems at once.
+    """
+    notebook, out = Path(notebook), Path(out)
+    try:
+        known, digest = parameters(notebook), content_hash(notebook)
+    except NotebookError as error:
+        raise SweepError(str(error)) from None
+    settings, grid, points = settings or {}, grid or {}, points if points is not None else [{}]
+    problems = [f"grid of {name} is empty; give at least one value" for name, values in grid.items() if not values]
+    if not points:
+        problems.append("the list of points is empty; give at least one point")
+    if not grid and not any(points):
+        problems.append("there is nothing to sweep; give --grid NAME=V1,V2,… or points in a configuration file")
+    listed = {name for point in points for name in point}
+    twice = (settings.keys() & grid.keys()) | (settings.keys() & listed) | (grid.keys() & listed)
+    problems += [f"{n} is given twice; let it stand in one of settings, grid and points" for n in sorted(twice)]
+
+    # Each value is converted once, before the product repeats it.
+    shared = _convert(settings, known, problems)
+    axes = [[_convert({name: value}, known, problems) for value in values] for name, values in grid.items()]
+    rows = [_convert(point, known, problems) for point in points]
+    if problems:
+        raise SweepError(*dict.fromkeys(problems))
+
+    combined = [
+        functools.reduce(dict.__or__, combination, shared | row)
+        for row in rows
+        for combination in itertools.product(*axes)
+    ]
+    problems += _missing(combined, known)
+    made = [Point(_identity(digest, params), params) for params in combined]
+    problems += _repeated(made)
+    if known and {"experiment", "learning_rate", "rho"} <= known.keys():
+        problems += _bad_runs(combined, known)
+    if problems:
+        raise SweepError(*problems)
+    own_store = known is not None and "store" in known and not any("store" in p for p in combined)
+    return Sweep(notebook.absolute(), digest, out.absolute(), Path.cwd(), own_store, tuple(made))
+
+
+def _convert(params: Mapping[str, Any], known: dict[str, Parameter] | None, problems: list[str]) -> dict[str, Any]:
+    """Parameters as the notebook's types; what is wrong with them is added to the problems."""
+    values = {}
+    for name, value in params.items():
+        if known is not None and name not in known:
+            problems.append(f"{name} is not a parameter of the notebook; there are {', '.join(known)}")
+            continue
+        parameter = known[name] if known is not None else Parameter(name, "", True, None, False)
+        try:
+            values[name] = parameter.convert(value)
+        except ValueError as error:
+            problems.append(str(error))
+    return values
+
+
+def _missing(points: Sequence[Mapping[str, Any]], known: dict[str, Parameter] | None) -> list[str]:
+    required = {p.name for p in (known or {}).values() if p.required}
+    names = sorted({name for point in points for name in required - point.keys()})
+    return [f"{name} has no default in the notebook; give it with --set {name}=…" for name in names]
+
+
+def _repeated(points: Sequence[Point]) -> list[str]:
+    seen: set[str] = set()
+    twice = [p for p in points if p.id in seen or seen.add(p.id)]  # type: ignore[func-returns-value]
+    shown = [" ".join(f"{k}={v}" for k, v in p.params.items()) for p in twice]
+    return [f"the point {text} occurs twice; let each occur once" for text in dict.fromkeys(shown)]
+
+
+def _bad_runs(points: Sequence[Mapping[str, Any]], known: dict[str, Parameter]) -> list[str]:
+    """The notebook trains a run: what is wrong with the runs' configurations, each problem once."""
+    from pydantic import ValidationError
+
+    from .experiments import RunConfig, explain
+
+    defaults = {name: parameter.default for name, parameter in known.items()}
+    problems: dict[str, None] = {}
+    for point in points:
+        settings = {**defaults, **point}
+        try:
+            RunConfig(**{name: value for name, value in settings.items() if name in RunConfig.model_fields})
+        except ValidationError as error:
+            problems |= dict.fromkeys(explain(error))
+    return list(problems)
+
+
+def _identity(digest: str, params: Mapping[str, Any]) -> str:
+    return hashlib.sha256(json.dumps([digest, params], sort_keys=True).encode()).hexdigest()[:16]
+
+
+def read_config(path: str | os.PathLike[str]) -> dict[str, Any]:
+    """A YAML file with ``set``, ``grid``, ``ranges`` and ``points`` as the arguments of :func:`plan`.
+
+    Ranges become part of the grid: ``ranges: {rho: {logspace: [-2, 0, 5]}}`` is NumPy's ``logspace(-2, 0, 5)``;
+    likewise ``linspace`` and ``geomspace``.
+
+    Raises:
+        SweepError: if the file cannot be read or is not of this form.
+    """
+    path = Path(path)
+    try:
+        content = yaml.safe_load(path.read_text())
+    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+        reason = " ".join(str(error).split())
+        raise SweepError(f"--config {path} is not a readable YAML file: {reason}") from None
+    form = {"set": dict, "grid": dict, "ranges": dict, "points": list}
+    if not isinstance(content, dict) or not content:
+        raise SweepError(f"--config {path} must hold some of {', '.join(form)}")
+    problems = [f"--config {path}: {k} is unknown; there are {', '.join(form)}" for k in content.keys() - form.keys()]
+    for name, kind in form.items():
+        if name in content and not isinstance(content[name], kind):
+            wanted = "a list" if kind is list else "names with values"
+            problems.append(f"--config {path}: {name} must be {wanted}, got {content[name]!r}")
+    if problems:
+        raise SweepError(*problems)
+    grid, points = {}, content.get("points")
+    for name, values in content.get("grid", {}).items():
+        if not isinstance(values, list):
+            problems.append(f"--config {path}: grid of {name} must be a list, got {values!r}")
+        grid[str(name)] = values
+    for name, spec in content.get("ranges", {}).items():
+        try:
+            values = _range(spec)
+        except (ValueError, TypeError):
+            problems.append(
+                f"--config {path}: range of {name} must be one of {', '.join(_RANGES)} with [start, stop, count], "
+                f"got {spec!r}"
+            )
+            continue
+        if name in grid:
+            problems.append(f"--config {path}: {name} stands in both grid and ranges; let it stand in one")
+        grid[str(name)] = values
+    problems += [
+        f"--config {path}: a point must be names with values, got {p!r}" for p in points or () if not _named(p)
+    ]
+    if problems:
+        raise SweepError(*problems)
+    return {"settings": content.get("set", {}), "grid": grid, "points": points}
+
+
+def _named(point: Any) -> bool:
+    return isinstance(point, dict) and bool(point) and all(isinstance(name, str) for name in point)
+
+
+def _range(spec: Any) -> list[float]:
+    import numpy as np
+
+    [(kind, arguments)] = spec.items() if isinstance(spec, dict) else [(None, None)]
+    if kind not in _RANGES or not isinstance(arguments, list):
+        raise ValueError
+    start, stop, count = arguments
+    if isinstance(count, bool) or not isinstance(count, int):
+        raise TypeError
+    return [float(v) for v in getattr(np, kind)(float(start), float(stop), count)]
+
+
+def load(out: str | os.PathLike[str]) -> Sweep:
+    """The sweep of a folder.
+
+    Raises:
+        SweepError: if the folder holds none, or one that another version wrote.
+    """
+    out = Path(out).absolute()
+    try:
+        content = json.loads((out / "sweep.json").read_text())
+    except FileNotFoundError:
+        raise SweepError(f"{out} holds no sweep (no sweep.json); give the folder of a sweep") from None
+    except (OSError, ValueError) as error:
+        raise SweepError(f"{out / 'sweep.json'} cannot be read ({error})") from None
+    if content.pop("version", None) != _VERSION:
+        raise SweepError(f"{out} was written by another version of samlib; sweep into a new folder")
+    points = tuple(Point(**point) for point in content.pop("points"))
+    notebook, cwd = Path(content.pop("notebook")), Path(content.pop("cwd"))
+    return Sweep(notebook=notebook, out=out, cwd=cwd, points=points, **content)
+
+
+def _status(folder: Path) -> Status | None:
+    try:
+        return Status(**json.loads((folder / "status.json").read_text()))
+    except (OSError, ValueError, TypeError):
+        return None
+
+
+def _has_result(folder: Path) -> bool:
+    status = _status(folder)
+    return status is not None and status.outcome in RESULTS and (folder / "executed.ipynb").exists()
+
+
+def execute_point(
+    sweep: Sweep,
+    point: Point,
+    *,
+    timeout: float | None = None,
+    retries: int = 2,
+    env: Mapping[str, str] | None = None,
+    wait: bool = False,
+    stop: threading.Event | None = None,
+    workers: Workers | None = None,
+) -> Status | None:
+    """Execute one point, unless it has a result.
+
+    Args:
+        sweep: the plan, written.
+        point: one of its points.
+        timeout: seconds per attempt.
+        retries: further attempts after the kernel died.
+        env: additional environment variables of the kernel.
+        wait: wait for a point that another process is executing.
+        stop: set from another thread to give up.
+        workers: where to take the kernel's papermill process from.
+
+    Returns:
+        The status; None if it was stopped, or another process is executing it and ``wait`` is false.
+    """
+    folder = sweep.out / point.id
+    folder.mkdir(parents=True, exist_ok=True)
+    lock = filelock.FileLock(folder / "lock")
+    while True:
+        try:
+            lock.acquire(timeout=1 if wait else 0)
+            break
+        except filelock.Timeout:
+            if not wait or (stop and stop.is_set()):
+                return None
+    try:
+        if _has_result(folder):
+            return _status(folder)
+        status = _execute(sweep, point, folder, timeout, retries, env or {}, stop, workers)
+        if status:
+            atomic_write(folder / "status.json", json.dumps(asdict(status), indent=1).encode())
+        return status
+    finally:
+        lock.release()
+
+
+def _execute(
+    sweep: Sweep,
+    point: Point,
+    folder: Path,
+    timeout: float | None,
+    retries: int,
+    env: Mapping[str, str],
+    stop: threading.Event | None,
+    workers: Workers | None,
+) -> Status | None:
+    if not sweep.cwd.is_dir():
+        return Status("failed", error=f"there is no folder {sweep.cwd} here; start the sweep in a folder all nodes see")
+    atomic_write(folder / "params.json", json.dumps(point.params, indent=1).encode())
+    values = {**point.params, **({"store": str(sweep.out / "runs")} if sweep.store else {})}
+    progress = folder / "progress.jsonl"
+    for attempt in itertools.count(1):
+        append(progress, "attempt", number=attempt)
+        journal = Journal(progress, skip=True)
+        done = execute(
+            sweep.out / "notebook.ipynb",
+            folder / "executed.ipynb",
+            values,
+            sweep.cwd,
+            folder / "log.txt",
+            timeout=timeout,
+            env={**env, PROGRESS: str(progress)},
+            stop=stop,
+            workers=workers,
+        )
+        if done.outcome == "stopped":
+            return None
+        if done.outcome != "killed" or attempt > retries:
+            break
+    events = journal.read()
+    runs = {e["run"]: e["outcome"] for e in events if e["event"] == "done"}
+    recorded = {name: value for e in events if e["event"] == "record" for name, value in e["values"].items()}
+    diverged = done.outcome == "finished" and "diverged" in runs.values()
+    outcome = "diverged" if diverged else done.outcome
+    return Status(outcome, list(runs), recorded, done.seconds, attempt, done.error)
