@@ -5,6 +5,7 @@ import re
 import subprocess
 import sys
 import tomllib
+from itertools import chain
 
 import nbformat
 import papermill
@@ -28,7 +29,7 @@ def test_every_dependency_is_pinned_within_its_range():
 
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
     extras = project["optional-dependencies"]
-    for text in project["dependencies"] + sum(extras.values(), []):
+    for text in [*project["dependencies"], *chain.from_iterable(extras.values())]:
         requirement = Requirement(text)
         version = pinned()[requirement.name.lower().replace("_", "-")]
         assert requirement.specifier.contains(version), (text, version)
