@@ -18,10 +18,10 @@ from typing import Literal
 import numpy as np
 import pandas as pd
 
-from .figures import standard
+from .figures import NAMES, standard
 from .runs import Run, atomic_write, published_path, published_runs
 
-__all__ = ["CLAIMS", "Claim", "Verdict", "agrees_with_record", "evaluate", "record", "table"]
+__all__ = ["CLAIMS", "Claim", "Verdict", "agrees_with_record", "evaluate", "record", "summary", "table", "verdicts"]
 
 Outcome = Literal["reproduced", "partly", "not reproduced", "not recorded"]
 
@@ -262,6 +262,17 @@ def table(results: Sequence[Verdict]) -> pd.DataFrame:
             "verdict": [v.outcome for v in results],
         }
     )
+
+
+def summary(results: Sequence[Verdict]) -> pd.DataFrame:
+    """One row per claim, one column per experiment: verdict and supporting runs."""
+    cells = {
+        (v.claim.text, NAMES[v.experiment]): f"{v.outcome} ({v.supporting}/{v.total})" if v.total else v.outcome
+        for v in results
+    }
+    names = [NAMES[name] for name in _ALL]
+    rows = [{"claim": c.text, **{name: cells.get((c.text, name), "–") for name in names}} for c in CLAIMS]
+    return pd.DataFrame(rows)
 
 
 def record(results: Sequence[Verdict], folder: Path | None = None) -> None:

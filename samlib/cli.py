@@ -66,14 +66,16 @@ def run(
     budget = _seconds(time_budget, "--time-budget") if time_budget else None
 
     from .datasets import DataError
-    from .runs import RunStore, StoreError, published_path
+    from .runs import RunStore, StoreError, published_path, published_runs
     from .runs import publish as publish_runs
     from .training import train_grid
 
     try:
         configs = [_config(point) for point in points]
-        reporter = _Reporter(as_json)
-        runs = train_grid(configs, RunStore(store), jobs, budget, reporter.progress, reporter.done)
+        reporter, kept = _Reporter(as_json), RunStore(store)
+        if publish:
+            kept.adopt(published_runs(experiment))
+        runs = train_grid(configs, kept, jobs, budget, reporter.progress, reporter.done)
         if publish and runs:
             publish_runs(runs, published_path(experiment))
     except (ValueError, StoreError, DataError) as error:

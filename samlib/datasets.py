@@ -21,6 +21,8 @@ __all__ = ["DataError", "DataPolicy", "Dataset", "data_folders", "load_dataset"]
 
 DataPolicy = Literal["auto", "real", "standin"]
 
+_ROOT = Path(__file__).parents[1]
+DATA_FOLDER = _ROOT / "data" if (_ROOT / "pyproject.toml").exists() else Path("data")  # in a checkout: the project's
 CONNECT_SECONDS = 5.0  # to reach a server at all; with data="auto" the stand-in takes over after that
 
 
@@ -148,9 +150,10 @@ def load_dataset(
 
 
 def data_folders() -> list[Path]:
-    """Where data sets are looked for: ``$SAMLIB_DATA`` if set, then ``data/`` below the working directory."""
+    """Where data sets are looked for: ``$SAMLIB_DATA`` if set, then ``data/`` of the project (or of the working
+    directory, where samlib is installed without its project)."""
     given = os.environ.get("SAMLIB_DATA")
-    return ([Path(given)] if given else []) + [Path("data")]
+    return ([Path(given)] if given else []) + [DATA_FOLDER]
 
 
 def locate(name: str) -> list[Path]:
@@ -166,7 +169,7 @@ def locate(name: str) -> list[Path]:
         if not any(problems):
             return paths
         # A file missing from the folder that was named is worth telling; from the default folder it is the usual case.
-        named = folder != Path("data")
+        named = folder != DATA_FOLDER
         damaged += [p for p in problems if p and (named or not p.endswith("is missing"))]
     target = data_folders()[-1]
     try:

@@ -145,10 +145,11 @@ def parameters(source: Path) -> dict[str, Parameter] | None:
     """A notebook's parameters by name, from the cell tagged ``parameters``.
 
     Returns:
-        The parameters; None for a notebook in another language than Python, whose parameters cannot be read.
+        The parameters, none without such a cell; None for a notebook in another language than Python, whose
+        parameters cannot be read.
 
     Raises:
-        NotebookError: if the file is not a notebook or has no parameters.
+        NotebookError: if the file is not a notebook.
     """
     notebook = _read(source)
     metadata = notebook.metadata
@@ -157,7 +158,7 @@ def parameters(source: Path) -> dict[str, Parameter] | None:
         return None
     cells = [c for c in notebook.cells if "parameters" in c.metadata.get("tags", ())]
     if not cells:
-        raise NotebookError(f"{source} has no parameters; give the tag 'parameters' to the cell that sets them")
+        return {}
     # papermill.inspect_notebook reads line by line and overlooks annotations such as `float | None`.
     try:
         tree = ast.parse(cells[0].source)

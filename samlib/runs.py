@@ -153,6 +153,13 @@ class RunStore:
         atomic_write(folder / "status.json", json.dumps(status, indent=1).encode())
         (folder / "checkpoint.pt").unlink(missing_ok=True)
 
+    def adopt(self, runs: Iterable[Run]) -> None:
+        """Take over completed runs, published ones say, so that they are not trained again."""
+        for run in runs:
+            with self.lock(run.id):
+                if self.load(run.id) is None:
+                    self.save(run)
+
     def save_checkpoint(self, run_id: str, state: dict[str, Any]) -> None:
         """Store what is needed to continue a run: tensors and plain Python values."""
         buffer = io.BytesIO()

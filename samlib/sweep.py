@@ -162,6 +162,8 @@ def plan(
         known, digest = parameters(notebook), content_hash(notebook)
     except NotebookError as error:
         raise SweepError(str(error)) from None
+    if known == {}:
+        raise SweepError(f"{notebook} has no parameters; give the tag 'parameters' to the cell that sets them")
     settings, grid, points = settings or {}, grid or {}, points if points is not None else [{}]
     problems = [f"grid of {name} is empty; give at least one value" for name, values in grid.items() if not values]
     if not points:

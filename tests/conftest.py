@@ -32,6 +32,7 @@ def _no_stray_files(monkeypatch, tmp_path):
     """Every test runs in its own folder, and finds no data set unless it asks for one."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.delenv("SAMLIB_DATA", raising=False)
+    monkeypatch.setattr("samlib.datasets.DATA_FOLDER", tmp_path / "data")
 
 
 @pytest.fixture

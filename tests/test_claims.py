@@ -6,7 +6,7 @@ import pytest
 from typer.testing import CliRunner
 
 from samlib import Run, RunConfig, published_runs
-from samlib.claims import CLAIMS, agrees_with_record, evaluate, record, table, verdicts
+from samlib.claims import CLAIMS, agrees_with_record, evaluate, record, summary, table, verdicts
 from samlib.cli import app
 from samlib.experiments import EXPERIMENTS
 from samlib.figures import standard
@@ -125,6 +125,7 @@ def test_the_recorded_verdicts_are_those_of_the_published_runs():
     results = verdicts()
     assert agrees_with_record(results) == []
     assert len(table(results)) == sum(len(claim.experiments) for claim in CLAIMS)
+    assert list(summary(results).claim) == [claim.text for claim in CLAIMS]
 
 
 def test_record_round_trip(tmp_path):

@@ -110,6 +110,14 @@ def test_publish_merges_and_reads_back(tmp_path):
     assert published_runs("cifar10", tmp_path) == []
 
 
+def test_published_runs_are_not_trained_again(tmp_path, store):
+    run = fake_run()
+    publish([run], tmp_path / "mnist.parquet")
+    store.adopt(published_runs("mnist", tmp_path))
+    pd.testing.assert_frame_equal(store.load(run.id).measurements, run.measurements)
+    store.adopt([run])
+
+
 def test_stand_ins_are_never_published(tmp_path):
     with pytest.raises(StoreError, match="only runs on real data can be published"):
         publish([fake_run(standin=True)], tmp_path / "mnist.parquet")
