@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 import os
 import platform
@@ -18,6 +19,7 @@ import torch
 from torch import Tensor
 
 from . import __version__
+from .datasets import DataPolicy, Dataset, data_folders, load_dataset
 from .edges import gd_edge, sam_edge
 from .experiments import Experiment, RunConfig
 from .hessian import HessianOperator, extreme_eigenpairs
@@ -63,7 +65,7 @@ def train(
     """
     if config.device == "cuda" and not torch.cuda.is_available():
         raise ValueError("device='cuda' was asked for, but PyTorch sees no CUDA device here; use device='cpu'")
-    dataset = config.load_dataset()
+    dataset = _dataset(config)
     run_id = config.identity(dataset.fingerprint)
     with store.lock(run_id) if store else nullcontext():
         run = store.load(run_id) if store else None
@@ -104,15 +106,31 @@ def train_grid(
     cores = os.cpu_count() or 1
     jobs = jobs or max(1, min(len(configs), cores))
     threads = max(1, cores // jobs) if jobs > 1 else torch.get_num_threads()
+    # What is there already needs no processes.
+    completed = {c: store.load(c.identity(_dataset(c).fingerprint)) for c in dict.fromkeys(configs)}
+    for run in filter(None, completed.values()):
+        done(run)
+    missing = [config for config, run in completed.items() if run is None]
     tasks = (
-        joblib.delayed(_train_or_stop)(c, store, threads, progress if jobs == 1 else None, deadline) for c in configs
+        joblib.delayed(_train_or_stop)(c, store, threads, progress if jobs == 1 else None, deadline) for c in missing
     )
-    completed = {}
-    for config, run in zip(configs, joblib.Parallel(jobs, return_as="generator")(tasks), strict=True):
+    for config, run in zip(missing, joblib.Parallel(jobs, return_as="generator")(tasks), strict=True):
+        completed[config] = run
         if run is not None:
-            completed[config] = run
             done(run)
-    return list(completed.values())
+    return [run for run in completed.values() if run is not None]
+
+
+def _dataset(config: RunConfig) -> Dataset:
+    """The configuration's data set; the last one is kept, since the runs of a grid share it."""
+    return _cached_dataset(config.experiment, config.examples, config.data, config.sequence_length, *data_folders())
+
+
+@functools.lru_cache(maxsize=1)
+def _cached_dataset(
+    experiment: str, examples: int | None, data: DataPolicy, length: int | None, *folders: Path
+) -> Dataset:
+    return load_dataset(experiment, examples, data, length or 64)
 
 
 def _train_or_stop(
