@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import os
 import shutil
 import subprocess
 import sys
 import time
+from concurrent.futures import ThreadPoolExecutor, as_completed
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +16,9 @@ import yaml
 from .notebooks import execute, parameters
 
 __all__ = ["BookError", "build", "notebooks_in"]
+
+
+SIDE_BY_SIDE = 2  # notebooks executed at a time: starting kernels and importing takes most of a second build
 
 
 class BookError(Exception):
@@ -43,12 +48,15 @@ def build(root: Path, profile: str = "quick", data: str = "auto") -> Path:
     config["execute"]["execute_notebooks"] = "off"
     (stage / "_config.yml").write_text(yaml.safe_dump(config, sort_keys=False))
 
-    for name in notebooks_in(root / "_toc.yml"):
-        started = time.monotonic()
-        print(f"executing {name}", flush=True)
-        _execute(root, root / f"{name}.ipynb", stage / f"{name}.ipynb", {"profile": profile, "data": data})
-        _hide_injected_parameters(stage / f"{name}.ipynb")
-        print(f"executed {name} in {time.monotonic() - started:.0f} s", flush=True)
+    names = notebooks_in(root / "_toc.yml")
+    print(f"executing {len(names)} notebooks, {SIDE_BY_SIDE} at a time", flush=True)
+    with ThreadPoolExecutor(SIDE_BY_SIDE) as pool:
+        pending = [pool.submit(_execute_page, root, stage, name, {"profile": profile, "data": data}) for name in names]
+        try:
+            for future in as_completed(pending):
+                print(future.result(), flush=True)
+        finally:
+            pool.shutdown(cancel_futures=True)
 
     # Warnings are errors: a broken reference or a missing image must not reach a reader.
     program = Path(sys.executable).with_name("jupyter-book")
@@ -83,6 +91,13 @@ def notebooks_in(toc: Path) -> list[str]:
     return [name for name in files(yaml.safe_load(toc.read_text())) if (toc.parent / f"{name}.ipynb").exists()]
 
 
+def _execute_page(root: Path, stage: Path, name: str, values: dict[str, Any]) -> str:
+    started = time.monotonic()
+    _execute(root, root / f"{name}.ipynb", stage / f"{name}.ipynb", values)
+    _hide_injected_parameters(stage / f"{name}.ipynb")
+    return f"executed {name} in {time.monotonic() - started:.0f} s"
+
+
 def _hide_injected_parameters(path: Path) -> None:
     """The cell that papermill adds concerns the build, not the reader."""
     import nbformat
@@ -98,6 +113,8 @@ def _execute(root: Path, source: Path, target: Path, values: dict[str, Any]) -> 
     """Execute one notebook; pass those values that it has parameters for."""
     known = parameters(source) or {}
     chosen = {name: value for name, value in values.items() if name in known}
-    done = execute(source, target, chosen, root, target.with_suffix(".log"))
+    # Notebooks beside each other share the cores out; threads that compete for one stall each other.
+    env = {"OMP_NUM_THREADS": str(max(1, (os.cpu_count() or 1) // SIDE_BY_SIDE))}
+    done = execute(source, target, chosen, root, target.with_suffix(".log"), env=env)
     if done.outcome != "finished":
         raise BookError(f"{source.name} {done.outcome}:\n{done.error}")
