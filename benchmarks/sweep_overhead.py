@@ -31,6 +31,9 @@ from samlib.notebooks import Execution
 
 ROOT = Path(__file__).parents[1]
 TARGET = ROOT / "benchmarks" / "results" / "sweep_overhead.json"
+# One thread per job in all measurements: the gain of a second job is then the engine's, not that of PyTorch's threads,
+# which otherwise give a single job both cores.
+os.environ["OMP_NUM_THREADS"] = "1"
 LIMITS = {"engine_share": 0.05, "two_jobs": 0.6, "planning_seconds": 2.0, "report_seconds": 10.0}
 
 
@@ -122,6 +125,7 @@ def main() -> None:
         "points": options.points,
         "steps": options.steps,
         "cores": sweep_run.cores(),
+        "threads_per_job": int(os.environ["OMP_NUM_THREADS"]),
         "load_before": os.getloadavg()[0],
         "machine": platform.machine(),
         "kernel_start_seconds": start,

@@ -484,8 +484,8 @@ def _plain_log(axis: Axes) -> None:
     """Plain numbers on a logarithmic axis, few of them."""
     axis.yaxis.set_major_formatter(mpl.ticker.StrMethodFormatter("{x:g}"))
     low, high = axis.get_ylim()
-    if high / low < 30:
-        axis.yaxis.set_major_locator(mpl.ticker.LogLocator(subs=(1, 2, 5)))
+    if high / low < 1000:
+        axis.yaxis.set_major_locator(mpl.ticker.LogLocator(subs=(1, 2, 5) if high / low < 50 else (1, 3)))
     axis.yaxis.set_minor_formatter(mpl.ticker.NullFormatter())
 
 
