@@ -365,6 +365,8 @@ def _main() -> int:
             language=language,
             progress_bar=False,
             cwd=request["cwd"],
+            # All cells are done and all files written: nothing is gained by waiting seconds for PyTorch's teardown.
+            shutdown_kernel="immediate",
         )
     except PapermillExecutionError as error:
         print(re.sub(r"\x1b\[[0-9;]*m", "", str(error)), file=sys.stderr)
