@@ -5,6 +5,7 @@ from __future__ import annotations
 import collections
 import itertools
 import json
+import math
 import re
 import sys
 import warnings
@@ -62,6 +63,8 @@ def run(
     settings = {"experiment": experiment, "learning_rate": learning_rate, "rho": rho, "seed": seed, "steps": steps}
     settings |= {"profile": profile, "data": data, "device": device, **_pairs(setting or [], "--set")}
     axes = {name: text.split(",") for name, text in _pairs(grid or [], "--grid").items()}
+    if "experiment" in {*_pairs(setting or [], "--set"), *axes}:
+        _invalid("the experiment is the first argument; it cannot be set or swept")
     points = [settings | dict(zip(axes, values, strict=True)) for values in itertools.product(*axes.values())]
     budget = _seconds(time_budget, "--time-budget") if time_budget else None
 
@@ -71,7 +74,7 @@ def run(
     from .training import train_grid
 
     try:
-        configs = [_config(point) for point in points]
+        configs = list(dict.fromkeys(_config(point) for point in points))
         reporter, kept = _Reporter(as_json), RunStore(store)
         if publish:
             kept.adopt(published_runs(experiment))
@@ -80,15 +83,20 @@ def run(
             publish_runs(runs, published_path(experiment))
     except (ValueError, StoreError, DataError) as error:
         _invalid(str(error))
+    except OSError as error:
+        _fail(f"{error.strerror or error}: {error.filename}", 1)
     except KeyboardInterrupt:
         _fail("interrupted; the same command continues from the last checkpoint", 130)
     if len(runs) < len(configs):
-        print(f"{len(configs) - len(runs)} runs are left; the same command continues", file=sys.stderr)
+        left = len(configs) - len(runs)
+        print(f"{left} run{'s are' if left > 1 else ' is'} left; the same command continues", file=sys.stderr)
 
 
 @app.command()
 def data(policy: Annotated[str, typer.Option(help="auto or real.")] = "real") -> None:
     """Check the data sets, download what is missing, and say where each one is."""
+    if policy not in ("auto", "real"):
+        _invalid(f"--policy must be auto or real, got {policy!r}")
     from .datasets import FILES, DataError, locate
 
     failed = False
@@ -109,8 +117,13 @@ def claims(
 ) -> None:
     """Judge the paper's claims by the published runs; fail if a recorded verdict no longer matches its data."""
     from .claims import agrees_with_record, record, table, verdicts
+    from .experiments import PROFILES
     from .runs import StoreError
 
+    if profile not in PROFILES:
+        _invalid(f"--profile must be one of {', '.join(PROFILES)}, got {profile!r}")
+    if published and not published.is_dir():
+        _invalid(f"--published {published} is not a folder")
     try:
         results = verdicts(published, profile)
     except StoreError as error:
@@ -288,9 +301,9 @@ class _Reporter:
         if bar := self.bars.pop(name, None):
             bar.close()
         if self.as_json:
-            last = {k: (None if v != v else v) for k, v in run.last.items()}
+            last = {k: (v if math.isfinite(v) else None) for k, v in run.last.items()}
             about = {"id": run.id, "status": run.outcome, "config": run.config.model_dump()}
-            print(json.dumps({**about, "last": last, "provenance": run.provenance}), flush=True)
+            print(json.dumps({**about, "last": last, "provenance": run.provenance}, allow_nan=False), flush=True)
         else:
             print(run, flush=True)
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gzip
 import hashlib
+import math
 import os
 import threading
 import time
@@ -23,6 +24,7 @@ DataPolicy = Literal["auto", "real", "standin"]
 
 _ROOT = Path(__file__).parents[1]
 DATA_FOLDER = _ROOT / "data" if (_ROOT / "pyproject.toml").exists() else Path("data")  # in a checkout: the project's
+SLOWEST = 10_000  # bytes per second below which a download is given up
 CONNECT_SECONDS = 5.0  # to reach a server at all; with data="auto" the stand-in takes over after that
 
 
@@ -171,14 +173,15 @@ def locate(name: str) -> list[Path]:
         # A file missing from the folder that was named is worth telling; from the default folder it is the usual case.
         named = folder != DATA_FOLDER
         damaged += [p for p in problems if p and (named or not p.endswith("is missing"))]
-    target = data_folders()[-1]
+    target, deadline = data_folders()[-1], time.monotonic() + CONNECT_SECONDS
     try:
         if name == "cifar10":
-            _download_cifar10(target)
+            _download_cifar10(target, deadline)
         else:
             for file in FILES[name]:
                 if _problem(target / file.path, file):
-                    _download(file, target / file.path)
+                    _download(file, target / file.path, deadline)
+                    deadline = math.inf  # a server that answers is waited for
     except (OSError, DataError) as error:
         reasons = "; ".join([*damaged, str(error)])
         raise DataError(
@@ -201,19 +204,21 @@ def _problem(path: Path, file: RemoteFile) -> str | None:
     return None
 
 
-def _download(file: RemoteFile, path: Path) -> None:
-    """Fetch a file to ``path``, atomically, only if its checksum matches. A server must answer within 5 seconds."""
+def _download(file: RemoteFile, path: Path, deadline: float) -> None:
+    """Fetch a file to ``path``, atomically, only if its checksum matches.
+
+    A server must answer within 5 seconds; no further address is tried after the deadline.
+    """
     import requests
 
     errors = []
-    deadline = time.monotonic() + 2 * CONNECT_SECONDS
     for url in file.urls:
         if time.monotonic() > deadline:
             break
         try:
             response = _within(CONNECT_SECONDS, lambda url=url: requests.get(url, stream=True, timeout=CONNECT_SECONDS))
             response.raise_for_status()
-            content = b"".join(response.iter_content(1 << 20))
+            content = _receive(response)
         except (requests.RequestException, TimeoutError) as error:
             errors.append(f"{url} did not answer ({type(error).__name__})")
             continue
@@ -226,6 +231,18 @@ def _download(file: RemoteFile, path: Path) -> None:
             return
         errors.append(f"{url} sent a file with {file.algorithm} {found}, expected {file.checksum}")
     raise DataError("; ".join(errors))
+
+
+def _receive(response: Any) -> bytes:
+    """A response's content, unless it trickles: a stand-in now is better than the data in an hour."""
+    started, parts, size = time.monotonic(), [], 0
+    for part in response.iter_content(1 << 14):
+        parts.append(part)
+        size += len(part)
+        seconds = time.monotonic() - started
+        if seconds > CONNECT_SECONDS and size < SLOWEST * seconds:
+            raise TimeoutError(f"only {size} bytes in {seconds:.0f} s")
+    return b"".join(parts)
 
 
 def _within(seconds: float, call: Callable):
@@ -249,12 +266,12 @@ def _within(seconds: float, call: Callable):
     return value
 
 
-def _download_cifar10(folder: Path) -> None:
+def _download_cifar10(folder: Path, deadline: float) -> None:
     import tarfile
 
     archive = folder / CIFAR10_ARCHIVE.path
     if _problem(archive, CIFAR10_ARCHIVE):
-        _download(CIFAR10_ARCHIVE, archive)
+        _download(CIFAR10_ARCHIVE, archive, deadline)
     with tarfile.open(archive) as tar:
         tar.extractall(folder, filter="data")
     for file in FILES["cifar10"]:

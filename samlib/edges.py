@@ -11,6 +11,7 @@ Reference: Long & Bartlett (2024), *Sharpness-Aware Minimization and the Edge of
 
 from __future__ import annotations
 
+import functools
 import sys
 from typing import Any, TypeAlias
 
@@ -92,6 +93,9 @@ def growth_factor(curvature: Real, grad_norm: Real, learning_rate: Real, rho: Re
     Returns:
         The factor; the step is stable while it lies within (−1, 1).
 
+    Raises:
+        ValueError: if an argument is out of range.
+
     Source: Long & Bartlett (2024), section 2.
 
     >>> growth_factor(4.0, 1.0, 0.5, 0.0)
@@ -99,6 +103,7 @@ def growth_factor(curvature: Real, grad_norm: Real, learning_rate: Real, rho: Re
     """
     _check("learning_rate", learning_rate, positive=True)
     _check("rho", rho)
+    _check("grad_norm", grad_norm, positive=True)
     lam, g, eta, radius = _arrays(curvature, grad_norm, learning_rate, rho)
     return _result(1 - eta * lam * (1 + radius * lam / g))
 
@@ -112,6 +117,9 @@ def two_cycle_radius(curvature: Real, learning_rate: Real, rho: Real) -> Real:
         curvature: eigenvalue 0 < λ < 2/η.
         learning_rate: step size η > 0.
         rho: radius ρ ≥ 0.
+
+    Returns:
+        The distance, in parameter units.
 
     Raises:
         ValueError: if λ is not within (0, 2/η): there is no cycle then.
@@ -146,8 +154,9 @@ def _arrays(*values: Any) -> tuple[Any, ...]:
     if torch is np:
         return tuple(np.broadcast_arrays(*map(_array, values)))
     tensors = [v for v in values if isinstance(v, torch.Tensor)]
-    like = next((t for t in tensors if t.is_floating_point()), tensors[0].to(torch.get_default_dtype()))
-    return tuple(torch.broadcast_tensors(*(torch.as_tensor(v, dtype=like.dtype, device=like.device) for v in values)))
+    dtypes = [t.dtype for t in tensors if t.is_floating_point()] or [torch.get_default_dtype()]
+    dtype, device = functools.reduce(torch.promote_types, dtypes), tensors[0].device
+    return tuple(torch.broadcast_tensors(*(torch.as_tensor(v, dtype=dtype, device=device) for v in values)))
 
 
 def _result(value: Any) -> Any:

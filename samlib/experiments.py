@@ -58,6 +58,8 @@ def profile_settings(experiment: str, profile: str) -> dict[str, Any]:
 def _number(value: Any) -> Any:
     """YAML reads ``1e-3`` as a string; accept it, and nothing else, as the number it means."""
     if isinstance(value, str):
+        if value in ("None", "none", "null"):
+            return None
         try:
             return float(value)
         except ValueError:
@@ -65,8 +67,9 @@ def _number(value: Any) -> Any:
     return value
 
 
-Positive = Annotated[float, BeforeValidator(_number), Field(gt=0, allow_inf_nan=False)]
-NonNegative = Annotated[float, BeforeValidator(_number), Field(ge=0, allow_inf_nan=False)]
+# Beyond these bounds nothing trains and float32 overflows.
+Positive = Annotated[float, BeforeValidator(_number), Field(gt=0, ge=1e-12, le=1e12, allow_inf_nan=False)]
+NonNegative = Annotated[float, BeforeValidator(_number), Field(ge=0, le=1e12, allow_inf_nan=False)]
 Count = Annotated[int, BeforeValidator(_number), Field(ge=1)]
 
 
@@ -139,6 +142,8 @@ class RunConfig(BaseModel):
         for name in ("heads", "sequence_length", "batch_size"):
             if not language and getattr(self, name) is not None:
                 raise ValueError(f"{name} belongs to the shakespeare experiment; leave it out for {self.experiment}")
+        if self.experiment == "cifar10" and self.depth > 5:
+            raise ValueError(f"depth must be at most 5 for cifar10 (each block halves the images), got {self.depth}")
         return self
 
     def identity(self, fingerprint: str) -> str:
@@ -217,8 +222,6 @@ class Experiment:
         self._train = tuple(self._move(t) for t in (self.dataset.train_inputs, self.dataset.train_targets))
         self._full = self._objective(*self._train) if config.batch_size is None else None
         self._epoch, self._order = -1, torch.empty(0)
-        if config.batch_size is not None and config.batch_size > len(x):
-            raise ValueError(f"batch_size {config.batch_size} exceeds the {len(x)} training examples")
 
     def _move(self, tensor: Tensor) -> Tensor:
         dtype = getattr(torch, self.config.dtype) if tensor.is_floating_point() else tensor.dtype

@@ -24,6 +24,7 @@ from IPython.display import HTML
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure as Canvas
 
+from .experiments import RunConfig
 from .runs import Run
 
 __all__ = [
@@ -127,17 +128,14 @@ class Figure:
 
 def command(run: Run) -> str:
     """The command that reproduces a run."""
-    from .experiments import profile_settings
-
     config = run.config
     text = (
-        f"samlib run {config.experiment} --profile {config.profile} --learning-rate {config.learning_rate:g} "
-        f"--rho {config.rho:g} --seed {config.seed}"
+        f"samlib run {config.experiment} --profile {config.profile} --learning-rate {config.learning_rate!r} "
+        f"--rho {config.rho!r} --seed {config.seed}"
     )
-    usual = profile_settings(config.experiment, config.profile)
-    changed = {k: v for k, v in config.model_dump().items() if k in usual and v != usual[k]}
-    if config.eigenvalues != 1:
-        changed["eigenvalues"] = config.eigenvalues
+    named = ("experiment", "profile", "learning_rate", "rho", "seed", "device", "data")
+    usual = RunConfig.model_validate({name: getattr(config, name) for name in named}).model_dump()
+    changed = {name: value for name, value in config.model_dump().items() if value != usual[name]}
     return text + "".join(f" --set {name}={value}" for name, value in changed.items())
 
 
@@ -256,17 +254,18 @@ def eigenvalues(runs: Sequence[Run]) -> Figure:
     names = [f"eigenvalue_{i + 1}" for i in range(count)]
     palette = sns.light_palette(COLOURS["operator_norm"], count + 1, reverse=True)[:count]
     colours = dict(zip(names, map(mpl.colors.to_hex, palette), strict=True))
+    digits = str.maketrans("0123456789", "₀₁₂₃₄₅₆₇₈₉")
     return _panels(
         list(runs),
         [*names, "sam_edge"],
         name="eigenvalues",
         ylabel="curvature",
         log=True,
-        alt=f"Line charts of the {count} largest eigenvalues and the SAM edge",
-        caption=f"The {count} largest eigenvalues of the Hessian, and the SAM edge.",
+        alt=f"Line charts of the leading eigenvalues ({count}) and the SAM edge",
+        caption=f"Leading eigenvalues of the Hessian ({count} recorded), and the SAM edge.",
         share_y=False,
         colours=colours,
-        labels={name: f"λ{'₁₂₃₄₅₆₇₈₉'[i]}" for i, name in enumerate(names)},
+        labels={name: "λ" + str(i + 1).translate(digits) for i, name in enumerate(names)},
     )
 
 

@@ -61,6 +61,7 @@ class HessianOperator:
     def _differentiate(self, loss: Tensor) -> Tensor:
         return torch.autograd.grad(loss, self._params, create_graph=True)[0]
 
+    @torch.enable_grad()
     def matvec(self, vector: Tensor) -> Tensor:
         """H v for v of shape (P,)."""
         self.matvecs += 1
@@ -106,6 +107,7 @@ def top_eigenpairs(
     tol: float = 1e-3,
     max_matvecs: int = 300,
     generator: torch.Generator | None = None,
+    explore: int = 6,
 ) -> EigenResult:
     """The k extreme eigenpairs of a symmetric operator.
 
@@ -114,11 +116,14 @@ def top_eigenpairs(
         k: how many, 1 ≤ k ≤ P.
         which: "LA" largest, "SA" smallest, "LM" largest in magnitude (one pair: the operator norm), "BE" half from
             each end (the odd one from the top), as in SciPy's ``eigsh``.
-        v0: warm start, shape (P,) or (P, m): the ``subspace`` of an earlier result is best. It is joined by a random
-            direction; without one the start is random.
+        v0: warm start, shape (P,) or (P, m): the ``subspace`` of an earlier result is best. It is joined by random
+            directions; without one the start is random.
         tol: bound on each residual ‖H v − θ v‖ relative to the largest |θ| found.
         max_matvecs: budget of products.
         generator: source of the random directions; seeded with 0 if not given.
+        explore: with a warm start, steps of a Krylov sequence from the random directions before an answer is
+            believed: eigenvectors orthogonal to ``v0`` cannot be seen otherwise. Fewer are enough where the
+            matrix moves little between calls; each costs as many products as pairs are wanted.
 
     Returns:
         An :class:`EigenResult`. If the budget ended first, ``converged`` is false and a ``RuntimeWarning`` tells the
@@ -139,7 +144,7 @@ def top_eigenpairs(
     if not 1 <= k <= size:
         raise ValueError(f"k must lie between 1 and the operator's size {size}, got {k}")
     high, low = {"LA": (k, 0), "SA": (0, k), "LM": (k, k), "BE": ((k + 1) // 2, k // 2)}[which]
-    limits = (tol, tol, max_matvecs, generator)
+    limits = (tol, tol, max_matvecs, generator, explore)
     result = _solve(operator, high, low, v0, *limits, largest=k if which == "LM" else None)
     if which == "LA" or which == "BE":
         return result
@@ -158,6 +163,7 @@ def extreme_eigenpairs(
     low_tol: float = 0.1,
     max_matvecs: int = 300,
     generator: torch.Generator | None = None,
+    explore: int = 6,
 ) -> EigenResult:
     """Both ends of a spectrum from one search space: the ``high`` largest and the ``low`` smallest pairs.
 
@@ -171,7 +177,7 @@ def extreme_eigenpairs(
     """
     if high < 0 or low < 0 or not 1 <= high + low <= operator.shape[0]:
         raise ValueError(f"high + low must lie between 1 and the operator's size, got {high} + {low}")
-    return _solve(operator, high, low, v0, tol, low_tol, max_matvecs, generator)
+    return _solve(operator, high, low, v0, tol, low_tol, max_matvecs, generator, explore)
 
 
 @torch.no_grad()
@@ -184,6 +190,7 @@ def _solve(
     low_tol: float,
     max_matvecs: int,
     generator: torch.Generator | None,
+    explore: int,
     largest: int | None = None,
 ) -> EigenResult:
     """Rayleigh–Ritz on a growing space; ``largest`` wants that many pairs by magnitude, from whichever end."""
@@ -199,7 +206,13 @@ def _solve(
         return torch.randn(size, columns, generator=generator, dtype=torch.float64).to(like)
 
     # As many starting vectors as wanted pairs: a space grown from one vector sees one copy of a multiple eigenvalue.
-    start = random(max(high, low)) if v0 is None else torch.cat([v0.reshape(size, -1).to(like), random(1)], 1)
+    explorers = max(high, low) if v0 is None or explore else 1
+    start = random(explorers)
+    if v0 is not None:
+        if v0.shape[0] != size or v0.dim() > 2:
+            raise ValueError(f"v0 must have shape ({size},) or ({size}, m), got {tuple(v0.shape)}")
+        start = torch.cat([v0.reshape(size, -1).to(like), start], 1)
+    left = 0 if v0 is None else explore
     basis = image = like.new_empty(size, 0)
     matvecs, goal = 0, min(largest or high + low, size)
     limit = min(size, max(MAX_BASIS, 3 * (high + low)))
@@ -224,17 +237,19 @@ def _solve(
         gaps = image @ rotation[:, wanted] - vectors * theta[wanted].to(like)
         # Rounding can hide in a residual that is computed from rotated images.
         rounding = 8 * count**0.5 * torch.finfo(like.dtype).eps * norm
-        residuals = gaps.norm(dim=0).double().cpu() + rounding
+        residuals = gaps.double().norm(dim=0).cpu() + rounding
         # Whichever pair carries the operator norm has the tight tolerance, at either end.
         tight = [i < high or largest or bool(theta[i].abs() == norm) for i in wanted]
-        tolerance = torch.tensor([tol if t else low_tol for t in tight]) * norm
+        tolerance = torch.tensor([tol if t else low_tol for t in tight], dtype=torch.float64) * norm
         # A low pair that is loosely bounded but clearly below the norm has done its part.
         below = torch.tensor([not t for t in tight]) & (theta[wanted].abs() + 2 * residuals < norm) & (low_tol > tol)
         open_pairs = ((residuals > tolerance) & ~below).nonzero()[:, 0]
-        done = count >= goal and len(open_pairs) == 0
+        done = count >= goal and len(open_pairs) == 0 and (left == 0 or count == size)
         if done or matvecs >= max_matvecs or count == size:
             break
-        start = gaps[:, open_pairs] if len(open_pairs) else random(1)
+        start = gaps[:, open_pairs] if len(open_pairs) or count >= goal else random(1)
+        if left:
+            start, left = torch.cat([start, image[:, -explorers:]], 1), left - 1
         if count + start.shape[1] > limit:
             keep = rotation[:, _nearest(count, high, low, limit // 2)]
             basis, image = basis @ keep, image @ keep
@@ -270,8 +285,9 @@ def _orthonormal_addition(basis: Tensor, start: Tensor, random: Callable[[int], 
         space = torch.cat([basis, *(c[:, None] for c in columns)], 1)
         for attempt in range(4):
             vector = column if attempt == 0 else random(1)[:, 0]
-            length = vector.norm()
+            length = vector.abs().max()
             vector = vector / length
+            vector = vector / vector.norm()
             for _ in range(2):  # twice is enough (Kahan, Parlett)
                 vector = vector - space @ (space.mT @ vector)
                 kept = vector.norm()
@@ -320,6 +336,8 @@ def power_iteration(
 
     Source: google-deepmind/sam_edge, the code published with Long & Bartlett (2024).
     """
+    if iterations < 1:
+        raise ValueError(f"iterations must be at least 1, got {iterations}")
     generator = torch.Generator().manual_seed(0)
     vector = torch.randn(len(params), generator=generator, dtype=torch.float64).to(params) if v0 is None else v0
     vector = vector / vector.norm()

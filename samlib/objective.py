@@ -49,6 +49,8 @@ class Objective:
     ) -> None:
         for name, module in model.named_modules():
             stochastic = isinstance(module, nn.modules.batchnorm._BatchNorm | nn.modules.dropout._DropoutNd)
+            if isinstance(module, nn.RNNBase | nn.MultiheadAttention):
+                stochastic = module.dropout > 0
             if stochastic and module.training:
                 raise ValueError(
                     f"module {name!r} ({type(module).__name__}) is in training mode, so the loss is not a function of "

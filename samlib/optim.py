@@ -125,7 +125,13 @@ class SAM(torch.optim.Optimizer):
             )
         evaluate = torch.enable_grad()(closure)
         loss = evaluate()
-        moved = [(p, g["rho"]) for g in self.param_groups for p in g["params"] if g["rho"] and p.grad is not None]
+        # "Uphill" is towards a worse loss: the other way for a group that maximizes.
+        moved = [
+            (p, -g["rho"] if g.get("maximize") else g["rho"])
+            for g in self.param_groups
+            for p in g["params"]
+            if g["rho"] and p.grad is not None
+        ]
         if moved:
             grads = [p.grad for g in self.param_groups for p in g["params"] if p.grad is not None]
             scale = 1 / (nn.utils.get_total_norm(grads) + EPSILON)
@@ -146,12 +152,21 @@ class SAM(torch.optim.Optimizer):
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Restore parameter groups and the base optimizer's state; see ``torch.optim.Optimizer``."""
         self.base_optimizer.load_state_dict(state_dict)
+        for group in self.base_optimizer.param_groups:  # the state of a plain optimizer has no rho
+            group.setdefault("rho", self.defaults["rho"])
         self._share()
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Add a group; it may set its own ``rho``."""
+        _valid_rho(param_group.get("rho", self.defaults["rho"]))
         super().add_param_group(param_group)
-        _valid_rho(self.param_groups[-1]["rho"])
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**super().__getstate__(), "base_optimizer": self.base_optimizer, "perturbed": False}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        self._share()
 
 
 @contextmanager

@@ -8,7 +8,7 @@ import json
 import os
 import warnings
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -86,12 +86,14 @@ class RunStore:
     """
 
     def __init__(self, path: str | os.PathLike[str]) -> None:
+        if not os.fspath(path):
+            raise StoreError("store '' is not a folder; give its path")
         self.path = Path(path)
-        if self.path.exists() and not self.path.is_dir():
-            raise StoreError(f"store {self.path} is a file; give a folder")
-        existing = next(p for p in (self.path, *self.path.absolute().parents) if p.exists())
-        probe = existing / f".samlib-{os.getpid()}"
         try:
+            if (self.path.exists() or self.path.is_symlink()) and not self.path.is_dir():
+                raise StoreError(f"store {self.path} is a file; give a folder")
+            existing = next(p for p in (self.path, *self.path.absolute().parents) if p.exists())
+            probe = existing / f".samlib-{os.getpid()}"
             probe.touch()
             probe.unlink()
         except OSError as error:
@@ -112,6 +114,8 @@ class RunStore:
             warnings.warn(f"another process is training run {run_id}; waiting for it", stacklevel=3)
             lock.acquire()
         try:
+            for part in self.folder(run_id).glob("*.part"):  # what a killed process was writing
+                part.unlink(missing_ok=True)
             yield
         finally:
             lock.release()
@@ -131,7 +135,7 @@ class RunStore:
                 raise ValueError("config.json does not belong to this run")
             measurements = pd.read_parquet(io.BytesIO(content))
             return Run(run_id, config, measurements, status["outcome"], status["provenance"])
-        except (OSError, ValueError, KeyError, TypeError) as error:
+        except (FileNotFoundError, ValueError, KeyError, TypeError) as error:
             aside = self._set_aside(folder)
             warnings.warn(f"record of run {run_id} is damaged ({error}); set aside as {aside}", stacklevel=2)
             return None
@@ -164,28 +168,29 @@ class RunStore:
         """Store what is needed to continue a run: tensors and plain Python values."""
         buffer = io.BytesIO()
         torch.save(state, buffer)
-        atomic_write(self.folder(run_id) / "checkpoint.pt", buffer.getvalue())
+        # torch.load does not notice a flipped bit, so the file starts with its checksum.
+        content = buffer.getvalue()
+        atomic_write(self.folder(run_id) / "checkpoint.pt", hashlib.sha256(content).digest() + content)
 
     def load_checkpoint(self, run_id: str, device: str) -> dict[str, Any] | None:
         """The state to continue from, or None. A damaged checkpoint is set aside, with a warning."""
         path = self.folder(run_id) / "checkpoint.pt"
         if not path.exists():
             return None
-        try:
-            return torch.load(path, map_location=device, weights_only=True)
-        except Exception as error:  # torch.load raises many kinds for a damaged file
-            aside = self._set_aside(path)
-            warnings.warn(
-                f"checkpoint of run {run_id} is damaged ({type(error).__name__}); set aside as {aside}, starting anew",
-                stacklevel=2,
-            )
-            return None
+        stored = path.read_bytes()
+        checksum, content = stored[:32], stored[32:]
+        if hashlib.sha256(content).digest() == checksum:
+            return torch.load(io.BytesIO(content), map_location=device, weights_only=True)
+        aside = self._set_aside(path)
+        warnings.warn(f"checkpoint of run {run_id} is damaged; set aside as {aside}, starting anew", stacklevel=2)
+        return None
 
     def _set_aside(self, path: Path) -> Path:
         number = 1
         while (aside := path.with_name(f"{path.name}.damaged-{number}")).exists():
             number += 1
-        path.rename(aside)
+        with suppress(FileNotFoundError):  # another process was faster
+            path.rename(aside)
         return aside
 
 
@@ -217,14 +222,20 @@ def publish(runs: Iterable[Run], path: Path) -> list[Run]:
     Raises:
         StoreError: if a run used stand-in data.
     """
-    import pyarrow as pa
-    import pyarrow.parquet as pq
-
-    merged = {run.id: run for run in (load_published(path) if path.exists() else [])}
+    runs = list(runs)
     for run in runs:
         if run.provenance["standin"]:
             raise StoreError(f"run {run.id} used {run.provenance['dataset']}; only runs on real data can be published")
-        merged[run.id] = run
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with filelock.FileLock(f"{path}.lock"):
+        return _merge(runs, path)
+
+
+def _merge(runs: list[Run], path: Path) -> list[Run]:
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    merged = {run.id: run for run in (load_published(path) if path.exists() else [])} | {run.id: run for run in runs}
     ordered = sorted(
         merged.values(), key=lambda r: (r.config.profile, r.config.learning_rate, r.config.rho, r.config.seed, r.id)
     )

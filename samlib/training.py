@@ -63,17 +63,19 @@ def train(
         DataError: if the data cannot be had.
         OutOfTime: if the deadline passed.
     """
-    if config.device == "cuda" and not torch.cuda.is_available():
-        raise ValueError("device='cuda' was asked for, but PyTorch sees no CUDA device here; use device='cpu'")
+    _check(config)
     dataset = _dataset(config)
     run_id = config.identity(dataset.fingerprint)
-    with store.lock(run_id) if store else nullcontext():
-        run = store.load(run_id) if store else None
-        if run is None:
-            run = _train(run_id, Experiment(config, dataset), store, progress, deadline)
-            if store:
-                store.save(run)
-        note("done", run=run_id, outcome=run.outcome)
+    run = store.load(run_id) if store else None
+    if run is None:
+        experiment = Experiment(config, dataset)
+        with store.lock(run_id) if store else nullcontext():
+            run = store.load(run_id) if store else None  # another process may have trained it meanwhile
+            if run is None:
+                run = _train(run_id, experiment, store, progress, deadline)
+                if store:
+                    store.save(run)
+    note("done", run=run_id, outcome=run.outcome)
     return run
 
 
@@ -106,6 +108,8 @@ def train_grid(
     cores = os.cpu_count() or 1
     jobs = jobs or max(1, min(len(configs), cores))
     threads = max(1, cores // jobs) if jobs > 1 else torch.get_num_threads()
+    for config in dict.fromkeys(configs):
+        _check(config)
     # What is there already needs no processes.
     completed = {c: store.load(c.identity(_dataset(c).fingerprint)) for c in dict.fromkeys(configs)}
     for run in filter(None, completed.values()):
@@ -119,6 +123,15 @@ def train_grid(
         if run is not None:
             done(run)
     return [run for run in completed.values() if run is not None]
+
+
+def _check(config: RunConfig) -> None:
+    """Raise a ValueError for what cannot be trained here."""
+    if config.device == "cuda" and not torch.cuda.is_available():
+        raise ValueError("device='cuda' was asked for, but PyTorch sees no CUDA device here; use device='cpu'")
+    available = len(_dataset(config).train_inputs)
+    if config.batch_size is not None and config.batch_size > available:
+        raise ValueError(f"batch_size must be at most the {available} training examples, got {config.batch_size}")
 
 
 def _dataset(config: RunConfig) -> Dataset:
@@ -243,8 +256,8 @@ def measure(
     Returns:
         A row, and the Ritz vectors for the next measurement. Columns: ``step``, ``loss``; ``grad_norm`` ‖∇ℓ(w)‖ and
         ``sam_grad_norm`` at the perturbed point; ``eigenvalue_1``…``k``; ``smallest_eigenvalue``
-        and a bound ``smallest_residual`` on its error (loose, where it is not the operator norm); ``operator_norm``
-        max |λ| with ``residual``, a bound on its error, and ``matvecs`` spent; ``gd_edge``,
+        and its ``smallest_residual`` (loose, where it is not the operator norm); ``operator_norm`` max |λ| with its
+        ``residual``, within which an eigenvalue lies, and ``matvecs`` spent; ``gd_edge``,
         ``sam_edge`` and ``edge_ratio`` = operator_norm / sam_edge; ``grad_alignment`` and ``sam_grad_alignment``,
         |cos| of each gradient with the principal eigenvector.
 
@@ -254,7 +267,7 @@ def measure(
     operator = HessianOperator(objective, params)
     generator = torch.Generator().manual_seed(config.seed * 1_000_003 + step)
     count = config.eigenvalues
-    eigen = extreme_eigenpairs(operator, count, 1, subspace, config.tolerance, generator=generator)
+    eigen = extreme_eigenpairs(operator, count, 1, subspace, config.tolerance, generator=generator, explore=0)
     grad = operator.gradient
     sam_grad = objective.gradient(sam_perturb(params, grad, config.rho)) if config.rho else grad
     principal = int(eigen.values.abs().argmax())

@@ -41,8 +41,10 @@ def test_a_diverged_run_is_not_an_error(tmp_path):
     result = call(*arguments, "--store", str(tmp_path / "store"))
     assert result.exit_code == 0
     assert "diverged at step" in result.output
-    record = json.loads(call(*arguments, "--store", str(tmp_path / "store"), "--json").stdout)
-    assert record["last"]["operator_norm"] is None
+    text = call(*arguments, "--store", str(tmp_path / "store"), "--json").stdout
+    assert "Infinity" not in text
+    assert "NaN" not in text
+    assert json.loads(text)["last"]["operator_norm"] is None
 
 
 def test_a_grid_and_a_time_budget(tmp_path):
@@ -50,9 +52,10 @@ def test_a_grid_and_a_time_budget(tmp_path):
     result = call(*grid)
     assert result.exit_code == 0
     assert result.output.count("finished") == 4
+    assert "left" not in call(*RUN, "--grid", "rho=0.1,1e-1", "--store", str(tmp_path / "store")).output
     none = call(*RUN, "--seed", "7", "--time-budget", "0.000001s", "--store", str(tmp_path / "store"))
     assert none.exit_code == 0
-    assert "1 runs are left; the same command continues" in none.output
+    assert "1 run is left; the same command continues" in none.output
 
 
 @pytest.mark.parametrize(
@@ -70,6 +73,8 @@ def test_a_grid_and_a_time_budget(tmp_path):
         (["--set", "hue=3"], "hue is not a setting of a run; there are experiment, profile"),
         (["--set", "width"], "--set takes NAME=VALUE, got 'width'"),
         (["--set", "examples=1e9"], "asked for 1000000000 training examples"),
+        (["--set", "experiment=cifar10"], "the experiment is the first argument"),
+        (["--grid", "device=cpu,tpu"], "device must be 'cpu' or 'cuda'"),
         (["--set", "batch_size=3"], "batch_size belongs to the shakespeare experiment"),
         (["--grid", "rho=0,x"], "rho must be a valid number"),
         (["--grid", "rho=0", "--grid", "rho=1"], "--grid names rho twice"),
@@ -105,7 +110,14 @@ def test_all_problems_are_reported_at_once(tmp_path):
 
 def test_unusable_stores(tmp_path):
     (tmp_path / "file").touch()
-    for store, message in ((tmp_path / "file", "is a file; give a folder"), ("/proc/x", "is not writable")):
+    (tmp_path / "nowhere").symlink_to(tmp_path / "missing")
+    for store, message in (
+        (tmp_path / "file", "is a file; give a folder"),
+        (tmp_path / "nowhere", "is a file; give a folder"),
+        ("/proc/x", "is not writable"),
+        (tmp_path / ("x" * 300), "is not writable"),
+        ("", "is not a folder"),
+    ):
         result = call(*RUN, "--store", str(store))
         assert result.exit_code == 2
         assert message in " ".join(result.output.split())
@@ -132,6 +144,24 @@ def test_real_data_without_a_network(tmp_path, monkeypatch):
     assert not (tmp_path / "store").exists()
     assert call("data").exit_code == 1
     assert call("data", "--policy", "auto").exit_code == 0
+
+
+def test_too_large_batches_and_too_deep_networks(tmp_path):
+    store = ["--learning-rate", "0.1", "--rho", "0", "--data", "standin", "--store", str(tmp_path / "store")]
+    for arguments, message in (
+        (["shakespeare", "--set", "batch_size=1000000"], "batch_size must be at most the"),
+        (["cifar10", "--set", "depth=6"], "depth must be at most 5"),
+    ):
+        result = call("run", *arguments, *store)
+        assert result.exit_code == 2
+        assert message in " ".join(result.output.split())
+        assert not (tmp_path / "store").exists()
+
+
+def test_other_commands_refuse_what_they_do_not_know(tmp_path):
+    assert call("data", "--policy", "fake").exit_code == 2
+    assert call("claims", "--profile", "huge").exit_code == 2
+    assert call("claims", "--published", str(tmp_path / "nothing")).exit_code == 2
 
 
 def test_an_interrupt_says_how_to_go_on(tmp_path, monkeypatch):

@@ -94,10 +94,6 @@ def test_pure_step_with_rho_zero_is_gradient_descent():
 @pytest.mark.parametrize("base", [torch.optim.SGD, torch.optim.Adam])
 def test_state_dict_round_trip_keeps_the_base_optimizers_state(base):
     settings = {"lr": 0.05} | ({"momentum": 0.9} if base is torch.optim.SGD else {})
-    whole = network()
-    expected = training(whole, SAM(whole.parameters(), base, rho=0.1, **settings), steps=5)
-    del expected
-
     model = network()
     optimizer = SAM(model.parameters(), base, rho=0.1, **settings)
     training(model, optimizer, steps=3)
@@ -110,6 +106,36 @@ def test_state_dict_round_trip_keeps_the_base_optimizers_state(base):
     optimizer.load_state_dict(saved[1])
     assert optimizer.param_groups[0]["rho"] == 0.1
     assert torch.equal(training(model, optimizer, steps=2, seed=1), straight)
+
+
+def test_copies_and_plain_states():
+    model = network()
+    optimizer = SAM(model.parameters(), torch.optim.SGD, rho=0.1, lr=0.05, momentum=0.9)
+    training(model, optimizer, steps=2)
+    both = copy.deepcopy((model, optimizer))
+    assert torch.equal(training(*both), training(model, optimizer))
+    plain = torch.optim.SGD(model.parameters(), lr=0.3, momentum=0.9)
+    optimizer.load_state_dict(plain.state_dict())
+    assert optimizer.param_groups[0]["rho"] == 0.1
+    assert optimizer.param_groups[0]["lr"] == 0.3
+    training(model, optimizer, steps=1)
+    with pytest.raises(ValueError, match="rho"):
+        optimizer.add_param_group({"params": [nn.Parameter(torch.zeros(1))], "rho": -1.0})
+    assert len(optimizer.param_groups) == 1
+
+
+def test_a_group_that_maximizes_is_perturbed_downhill():
+    p = nn.Parameter(torch.tensor([3.0], dtype=torch.float64))
+    optimizer = SAM([p], rho=0.5, lr=0.1, maximize=True)
+    seen = []
+
+    def closure():
+        optimizer.zero_grad()
+        seen.append(p.item())
+        (0.5 * p * p).sum().backward()
+
+    optimizer.step(closure)
+    assert seen[1] == pytest.approx(3 - 0.5 * 3 / (3 + EPSILON))
 
 
 def test_schedulers_drive_the_base_optimizer():

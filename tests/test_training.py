@@ -10,7 +10,19 @@ import pandas as pd
 import pytest
 import torch
 
-from samlib import MLP, SAM, RunStore, gd_edge, sam_edge, train, train_grid, training
+from samlib import (
+    MLP,
+    SAM,
+    HessianOperator,
+    RunStore,
+    gd_edge,
+    sam_edge,
+    sam_step,
+    top_eigenpairs,
+    train,
+    train_grid,
+    training,
+)
 from samlib.experiments import Experiment, cross_entropy, mean_squared_error
 from samlib.training import OutOfTime
 
@@ -87,6 +99,21 @@ def test_the_test_metric_is_the_fraction_of_wrong_labels_or_the_mean_loss():
     assert experiment.test_metric(experiment.initial_parameters()) == pytest.approx(expected, rel=1e-5)
 
 
+@pytest.mark.parametrize("kind", CONFIGS)
+def test_tracked_values_are_those_of_a_cold_start(kind):
+    """Warm starts along a run hide no eigenvalue: at each measured step an independent solve finds the same norm."""
+    config = CONFIGS[kind](steps=60, measure_every=5)
+    rows = train(config).measurements.set_index("step")
+    experiment = Experiment(config, config.load_dataset())
+    w = experiment.initial_parameters()
+    for step in range(61):
+        if step in rows.index:
+            operator = HessianOperator(experiment.objective(step), w)
+            cold = top_eigenpairs(operator, 1, "LM", tol=1e-4)
+            assert rows.operator_norm[step] == pytest.approx(cold.values.abs().item(), rel=2e-3)
+        w = sam_step(experiment.objective(step).gradient, w, config.learning_rate, config.rho)
+
+
 def test_gradient_descent_has_the_gd_edge():
     run = train(small_config(rho=0))
     assert (run.measurements.sam_edge == gd_edge(0.3)).all()
@@ -117,8 +144,8 @@ def test_mini_batches_differ_by_step_and_cover_an_epoch():
     assert times.sum() == 96
     assert not torch.equal(batches[0], experiment.objective(12).inputs)
     assert torch.equal(batches[3], experiment.objective(3).inputs)
-    with pytest.raises(ValueError, match="batch_size 200 exceeds the 100 training examples"):
-        Experiment(small_language_config(batch_size=200), config.load_dataset())
+    with pytest.raises(ValueError, match="batch_size must be at most the 100 training examples, got 200"):
+        train(small_language_config(batch_size=200))
 
 
 def test_mini_batch_runs_also_measure_a_larger_batch():
