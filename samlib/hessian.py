@@ -237,7 +237,8 @@ def _solve(
         gaps = image @ rotation[:, wanted] - vectors * theta[wanted].to(like)
         # Rounding can hide in a residual that is computed from rotated images.
         rounding = 8 * count**0.5 * torch.finfo(like.dtype).eps * norm
-        residuals = gaps.double().norm(dim=0).cpu() + rounding
+        unit = norm.clamp_min(torch.finfo(torch.float64).tiny)  # squares of very large or small numbers leave float64
+        residuals = (gaps.double() / unit.to(gaps.device)).norm(dim=0).cpu() * unit + rounding
         # Whichever pair carries the operator norm has the tight tolerance, at either end.
         tight = [i < high or largest or bool(theta[i].abs() == norm) for i in wanted]
         tolerance = torch.tensor([tol if t else low_tol for t in tight], dtype=torch.float64) * norm

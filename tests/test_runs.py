@@ -89,6 +89,8 @@ def test_unusable_stores_are_refused(tmp_path):
     file.touch()
     with pytest.raises(StoreError, match="is a file; give a folder"):
         RunStore(file)
+    with pytest.raises(StoreError, match="'' is not a folder"):
+        RunStore("")
     with pytest.raises(StoreError, match="is not writable"):
         RunStore("/proc/samlib")
     assert not (tmp_path / "new").exists()

@@ -102,11 +102,11 @@ def test_the_test_metric_is_the_fraction_of_wrong_labels_or_the_mean_loss():
 @pytest.mark.parametrize("kind", CONFIGS)
 def test_tracked_values_are_those_of_a_cold_start(kind):
     """Warm starts along a run hide no eigenvalue: at each measured step an independent solve finds the same norm."""
-    config = CONFIGS[kind](steps=60, measure_every=5)
+    config = CONFIGS[kind](steps=40, measure_every=10)
     rows = train(config).measurements.set_index("step")
     experiment = Experiment(config, config.load_dataset())
     w = experiment.initial_parameters()
-    for step in range(61):
+    for step in range(41):
         if step in rows.index:
             operator = HessianOperator(experiment.objective(step), w)
             cold = top_eigenpairs(operator, 1, "LM", tol=1e-4)
