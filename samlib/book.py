@@ -14,10 +14,12 @@ from typing import Any
 import yaml
 
 from .notebooks import execute, parameters
+from .sharing import configure, files_of_data, stage_files
 
-__all__ = ["BookError", "build", "notebooks_in"]
+__all__ = ["BookError", "build", "execution_times", "notebooks_in"]
 
 
+STATUS = "book/status"  # the notebook about the others
 SIDE_BY_SIDE = 2  # notebooks executed at a time: starting kernels and importing takes most of a second build
 
 
@@ -44,17 +46,21 @@ def build(root: Path, profile: str = "quick", data: str = "auto") -> Path:
     for part in ("book", "notebooks"):
         shutil.copytree(root / part, stage / part, ignore=shutil.ignore_patterns(".ipynb_checkpoints"))
     shutil.copy(root / "_toc.yml", stage)
-    config = yaml.safe_load((root / "_config.yml").read_text())
+    config = configure(yaml.safe_load((root / "_config.yml").read_text()))
     config["execute"]["execute_notebooks"] = "off"
     (stage / "_config.yml").write_text(yaml.safe_dump(config, sort_keys=False))
 
     names = notebooks_in(root / "_toc.yml")
+    stage_files(root, stage, names, config["title"])
     print(f"executing {len(names)} notebooks, {SIDE_BY_SIDE} at a time", flush=True)
     with ThreadPoolExecutor(SIDE_BY_SIDE) as pool:
-        pending = [pool.submit(_execute_page, root, stage, name, {"profile": profile, "data": data}) for name in names]
+        values = {"profile": profile, "data": data, "stage": str(stage)}
+        pending = [pool.submit(_execute_page, root, stage, name, values) for name in names if name != STATUS]
         try:
             for future in as_completed(pending):
                 print(future.result(), flush=True)
+            if STATUS in names:  # last: it shows how long the others took
+                print(_execute_page(root, stage, STATUS, values), flush=True)
         finally:
             pool.shutdown(cancel_futures=True)
 
@@ -91,10 +97,24 @@ def notebooks_in(toc: Path) -> list[str]:
     return [name for name in files(yaml.safe_load(toc.read_text())) if (toc.parent / f"{name}.ipynb").exists()]
 
 
+def execution_times(stage: Path, names: list[str]) -> dict[str, float]:
+    """Seconds that executing each notebook of a staged book took; those not executed are left out."""
+    import nbformat
+
+    times = {}
+    for name in names:
+        path = stage / f"{name}.ipynb"
+        about = nbformat.read(path, as_version=4).metadata.get("papermill", {}) if path.exists() else {}
+        if about.get("duration") is not None:
+            times[name] = about["duration"]
+    return times
+
+
 def _execute_page(root: Path, stage: Path, name: str, values: dict[str, Any]) -> str:
     started = time.monotonic()
     _execute(root, root / f"{name}.ipynb", stage / f"{name}.ipynb", values)
     _hide_injected_parameters(stage / f"{name}.ipynb")
+    files_of_data(stage, name)
     return f"executed {name} in {time.monotonic() - started:.0f} s"
 
 

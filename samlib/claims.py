@@ -21,7 +21,18 @@ import pandas as pd
 from .figures import NAMES, standard
 from .runs import Run, atomic_write, published_path, published_runs
 
-__all__ = ["CLAIMS", "Claim", "Verdict", "agrees_with_record", "evaluate", "record", "summary", "table", "verdicts"]
+__all__ = [
+    "CLAIMS",
+    "Claim",
+    "Verdict",
+    "agrees_with_record",
+    "evaluate",
+    "last_half",
+    "record",
+    "summary",
+    "table",
+    "verdicts",
+]
 
 Outcome = Literal["reproduced", "partly", "not reproduced", "not recorded"]
 
@@ -79,7 +90,7 @@ class Verdict:
     details: pd.DataFrame
 
 
-def _last_half(run: Run) -> pd.DataFrame:
+def last_half(run: Run) -> pd.DataFrame:
     rows = run.measurements
     return rows[rows.step >= rows.step.max() / 2]
 
@@ -94,7 +105,7 @@ def _gd_at_its_edge(run: Run, _: Sequence[Run]) -> dict[str, float] | None:
     # A learning rate so small that the edge is not reached within the run says nothing about what happens there.
     if run.measurements.edge_ratio.max() < 0.95:
         return None
-    return {"ratio": _last_half(run).edge_ratio.median(), "initial_ratio": run.measurements.edge_ratio.iloc[0]}
+    return {"ratio": last_half(run).edge_ratio.median(), "initial_ratio": run.measurements.edge_ratio.iloc[0]}
 
 
 def _sam_at_its_edge(run: Run, _: Sequence[Run]) -> dict[str, float] | None:
@@ -107,7 +118,7 @@ def _sam_at_its_edge(run: Run, _: Sequence[Run]) -> dict[str, float] | None:
         fall = after.eigenvalue_1.iloc[0] / after.eigenvalue_1.iloc[-1]
         x, y = np.log(after.sam_edge), np.log(after.operator_norm)
         slope = x.cov(y) / x.var() if x.var() > 0 else np.nan
-    ratio = _last_half(run).edge_ratio.median()
+    ratio = last_half(run).edge_ratio.median()
     return {"ratio": ratio, "fall": fall, "slope": slope, "largest_ratio": rows.edge_ratio[rows.step > 0].max()}
 
 
@@ -123,7 +134,7 @@ def _far_below(run: Run, _: Sequence[Run]) -> dict[str, float] | None:
 def _better_aligned(run: Run, _: Sequence[Run]) -> dict[str, float] | None:
     if not _is_sam(run):
         return None
-    half = _last_half(run)
+    half = last_half(run)
     return {
         "difference": (half.sam_grad_alignment - half.grad_alignment).mean(),
         "sam_grad_alignment": half.sam_grad_alignment.mean(),

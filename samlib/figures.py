@@ -32,6 +32,7 @@ __all__ = [
     "Figure",
     "alignments",
     "banner",
+    "card",
     "drawing",
     "edge_ratios",
     "eigenvalues",
@@ -363,29 +364,24 @@ def drawing(
     return Figure(svg, alt, caption, data, tuple(runs), name)
 
 
+def card(run: Run | None, title: str) -> bytes:
+    """A PNG of 1200 × 630 pixels with a title and the story of a run, for links from other sites."""
+    with mpl.rc_context({**_STYLE, "figure.facecolor": "white", "savefig.facecolor": "white", "font.size": 16}):
+        canvas = Canvas(figsize=(12, 6.3), dpi=100, layout="constrained")
+        canvas.suptitle(title, fontsize=30, weight="bold", wrap=True)
+        if run:
+            _story(canvas.subplots(), tidy([run], "operator_norm", "sam_edge", "gd_edge"), size=2)
+        buffer = io.BytesIO()
+        canvas.savefig(buffer, format="png", metadata={"Software": None})
+    return buffer.getvalue()
+
+
 def headline(run: Run) -> Figure:
     """One run large, with names on the curves: the picture that tells the story."""
     frame = tidy([run], "operator_norm", "sam_edge", "gd_edge")
 
     def draw(canvas: Canvas) -> pd.DataFrame:
-        axis = canvas.subplots()
-        for quantity in ("gd_edge", "sam_edge", "operator_norm"):
-            dash = (0, (5, 2)) if quantity == "gd_edge" else "-"
-            axis.plot(frame.step, frame[quantity], color=COLOURS[quantity], linestyle=dash, linewidth=2.4)
-        axis.set(yscale="log", xlabel="step", ylabel="curvature")
-        _plain_log(axis)
-        middle = len(frame) // 2
-        for quantity, offset in (("gd_edge", 6), ("operator_norm", 8), ("sam_edge", -16)):
-            axis.annotate(
-                LABELS[quantity],
-                (frame.step[middle], frame[quantity][middle]),
-                (0, offset),
-                textcoords="offset points",
-                color=COLOURS[quantity],
-                weight="bold",
-                ha="center",
-                fontsize=11,
-            )
+        _story(canvas.subplots(), frame)
         return frame
 
     config, last = run.config, run.last
@@ -399,6 +395,26 @@ def headline(run: Run) -> Figure:
         f"and 2/η is {last.gd_edge / last.sam_edge:.1f} times the SAM edge."
     )
     return drawing(draw, (7, 3.4), "headline", alt, caption, [run])
+
+
+def _story(axis: Axes, frame: pd.DataFrame, size: float = 1) -> None:
+    """Operator norm and both edges of one run, with names on the curves."""
+    middle = len(frame) // 2
+    for quantity, offset in (("gd_edge", 6), ("sam_edge", -16), ("operator_norm", 8)):
+        dash = (0, (5, 2)) if quantity == "gd_edge" else "-"
+        axis.plot(frame.step, frame[quantity], color=COLOURS[quantity], linestyle=dash, linewidth=2.4 * size)
+        axis.annotate(
+            LABELS[quantity],
+            (frame.step[middle], frame[quantity][middle]),
+            (0, offset * size),
+            textcoords="offset points",
+            color=COLOURS[quantity],
+            weight="bold",
+            ha="center",
+            fontsize=11 * size,
+        )
+    axis.set(yscale="log", xlabel="step", ylabel="curvature")
+    _plain_log(axis)
 
 
 def _panels(

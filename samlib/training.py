@@ -28,7 +28,7 @@ from .objective import Objective
 from .optim import sam_perturb, sam_step
 from .runs import Outcome, Run, RunStore
 
-__all__ = ["OutOfTime", "measure", "train", "train_grid"]
+__all__ = ["OutOfTime", "commit", "measure", "processor", "train", "train_grid"]
 
 CHECKPOINT_SECONDS = float(os.environ.get("SAMLIB_CHECKPOINT_SECONDS", 5))
 DIVERGED = 1e3  # a loss this many times the initial one never came back in any run we saw
@@ -304,10 +304,10 @@ def _provenance(experiment: Experiment) -> dict[str, Any]:
     cuda = config.device == "cuda"
     return {
         "samlib": __version__,
-        "commit": _commit(),
+        "commit": commit(),
         "python": platform.python_version(),
         "torch": torch.__version__,
-        "device": torch.cuda.get_device_name() if cuda else _processor(),
+        "device": torch.cuda.get_device_name() if cuda else processor(),
         "threads": torch.get_num_threads(),
         "dataset": dataset.name,
         "fingerprint": dataset.fingerprint,
@@ -316,14 +316,15 @@ def _provenance(experiment: Experiment) -> dict[str, Any]:
     }
 
 
-def _processor() -> str:
+def processor() -> str:
+    """The name of this machine's processor."""
     cpuinfo = Path("/proc/cpuinfo")
     lines = cpuinfo.read_text().splitlines() if cpuinfo.exists() else []
     names = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
     return names[0] if names else platform.processor() or platform.machine()
 
 
-def _commit() -> str | None:
+def commit() -> str | None:
     """The project's git commit, with "+" for uncommitted changes to the package; None outside a checkout."""
     root = Path(__file__).parents[1]
     if not (root / ".git").exists():

@@ -1,0 +1,91 @@
+"""What a reader can take from the website and how others come to it: files of data, notebooks, launch buttons, a card.
+
+Where the site will stand is not known here. ``repository: url`` and ``html: baseurl`` in ``_config.yml`` say so; on
+GitHub Actions they are known without. As long as they are not, nothing on the site depends on them.
+"""
+
+from __future__ import annotations
+
+import base64
+import os
+import re
+import shutil
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import nbformat
+
+from .figures import card, standard
+from .runs import Run, published_runs
+
+__all__ = ["configure", "files_of_data", "stage_files"]
+
+EXTRA = "_site"  # a folder of the staged book that Sphinx copies to the top of the site
+INLINE = 10_000  # characters of a data link that may stay in the page
+
+
+def configure(config: dict[str, Any], environ: Mapping[str, str] = os.environ) -> dict[str, Any]:
+    """The book's configuration with what follows from the addresses of repository and site."""
+    config = {"repository": {}, **config}
+    html, sphinx = dict(config["html"]), dict(config["sphinx"])
+    owner, _, name = environ.get("GITHUB_REPOSITORY", "").partition("/")
+    server = environ.get("GITHUB_SERVER_URL", "https://github.com")
+    repository = config["repository"].get("url") or (f"{server}/{owner}/{name}" if name else "")
+    site = html.get("baseurl") or (f"https://{owner}.github.io/{name}/" if name else "")
+    html["baseurl"] = site
+    if repository:
+        config["repository"] = {**config["repository"], "url": repository}
+        html |= dict.fromkeys(("use_repository_button", "use_issues_button", "use_edit_page_button"), True)
+    else:
+        config["launch_buttons"] = dict.fromkeys(("binderhub_url", "colab_url"), "")
+    sphinx["extra_extensions"] = [*sphinx.get("extra_extensions", []), "sphinxext.opengraph"]
+    about = {"ogp_site_url": site, "ogp_site_name": config["title"], "ogp_image": "card.png", "ogp_image_alt": _CARD}
+    sphinx["config"] = {**sphinx["config"], **about, "html_extra_path": [EXTRA]}
+    return {**config, "html": html, "sphinx": sphinx}
+
+
+def stage_files(root: Path, stage: Path, names: list[str], title: str) -> None:
+    """Put into a staged book what the site carries beside its pages: the card, and the notebooks for download."""
+    extra = stage / EXTRA
+    for name in names:  # as committed: the executed ones are the pages
+        target = extra / "_sources" / f"{name}.ipynb"
+        target.parent.mkdir(parents=True, exist_ok=True)
+        shutil.copy(root / f"{name}.ipynb", target)
+    (extra / "card.png").write_bytes(card(_headline_run(), title))
+
+
+def files_of_data(stage: Path, name: str) -> None:
+    """Turn the long data links of an executed notebook into links to files, so that its page stays light."""
+    path = stage / f"{name}.ipynb"
+    notebook = nbformat.read(path, as_version=4)
+    folder = stage / EXTRA / "data"
+    up = "../" * name.count("/")
+    taken: dict[str, int] = {}
+
+    def to_file(link: re.Match[str]) -> str:
+        stem, content = link[1], link[2]
+        if len(content) <= INLINE:
+            return link[0]
+        taken[stem] = taken.get(stem, 0) + 1
+        file = f"{Path(name).name}-{stem}{f'-{taken[stem]}' if taken[stem] > 1 else ''}.csv"
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / file).write_bytes(base64.b64decode(content))
+        return f'<a download="{stem}.csv" href="{up}data/{file}"'
+
+    for cell in notebook.cells:
+        for output in cell.get("outputs", []):
+            if page := output.get("data", {}).get("text/html"):
+                link = r'<a download="([^"]+)\.csv" href="data:text/csv;base64,([^"]*)"'
+                output["data"]["text/html"] = re.sub(link, to_file, "".join(page))
+    nbformat.write(notebook, path)
+
+
+_CARD = "Operator norm and SAM edge falling together during training, far below 2/η"
+
+
+def _headline_run() -> Run | None:
+    """The run that the first page opens with, or the most similar one that is published."""
+    runs = [run for run in standard(published_runs("mnist")) if run.config.rho and run.outcome == "finished"]
+    near = [(abs(run.config.learning_rate - 0.3), abs(run.config.rho - 0.1), run.config.seed) for run in runs]
+    return runs[near.index(min(near))] if runs else None
