@@ -14,7 +14,7 @@ from typing import Any
 import yaml
 
 from .notebooks import execute, parameters
-from .sharing import configure, files_of_data, stage_files
+from .sharing import clean_downloads, configure, files_of_data, stage_card
 
 __all__ = ["BookError", "build", "execution_times", "notebooks_in"]
 
@@ -51,7 +51,7 @@ def build(root: Path, profile: str = "quick", data: str = "auto") -> Path:
     (stage / "_config.yml").write_text(yaml.safe_dump(config, sort_keys=False))
 
     names = notebooks_in(root / "_toc.yml")
-    stage_files(root, stage, names, config["title"])
+    stage_card(stage, config["title"])
     print(f"executing {len(names)} notebooks, {SIDE_BY_SIDE} at a time", flush=True)
     with ThreadPoolExecutor(SIDE_BY_SIDE) as pool:
         values = {"profile": profile, "data": data, "stage": str(stage)}
@@ -82,6 +82,7 @@ def build(root: Path, profile: str = "quick", data: str = "auto") -> Path:
     index = root / "_build" / "html" / "index.html"
     if done.returncode or not index.exists():
         raise BookError("jupyter-book failed; its messages are above")
+    clean_downloads(root, index.parent, names)
     return index
 
 

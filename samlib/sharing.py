@@ -19,7 +19,7 @@ import nbformat
 from .figures import card, standard
 from .runs import Run, published_runs
 
-__all__ = ["configure", "files_of_data", "stage_files"]
+__all__ = ["clean_downloads", "configure", "files_of_data", "stage_card"]
 
 EXTRA = "_site"  # a folder of the staged book that Sphinx copies to the top of the site
 INLINE = 10_000  # characters of a data link that may stay in the page
@@ -45,14 +45,16 @@ def configure(config: dict[str, Any], environ: Mapping[str, str] = os.environ) -
     return {**config, "html": html, "sphinx": sphinx}
 
 
-def stage_files(root: Path, stage: Path, names: list[str], title: str) -> None:
-    """Put into a staged book what the site carries beside its pages: the card, and the notebooks for download."""
-    extra = stage / EXTRA
-    for name in names:  # as committed: the executed ones are the pages
-        target = extra / "_sources" / f"{name}.ipynb"
-        target.parent.mkdir(parents=True, exist_ok=True)
-        shutil.copy(root / f"{name}.ipynb", target)
-    (extra / "card.png").write_bytes(card(_headline_run(), title))
+def clean_downloads(root: Path, site: Path, names: list[str]) -> None:
+    """Let the site's download buttons give the notebooks as they are committed: the executed ones are its pages."""
+    for name in names:
+        shutil.copy(root / f"{name}.ipynb", site / "_sources" / f"{name}.ipynb")
+
+
+def stage_card(stage: Path, title: str) -> None:
+    """Put into a staged book the picture by which other sites announce a link to it."""
+    (stage / EXTRA).mkdir(exist_ok=True)
+    (stage / EXTRA / "card.png").write_bytes(card(_headline_run(), title))
 
 
 def files_of_data(stage: Path, name: str) -> None:
