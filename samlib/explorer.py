@@ -25,6 +25,7 @@ from .runs import Run
 __all__ = ["MOST_POINTS", "cells", "explore", "groups", "overview", "thin", "trajectories"]
 
 MOST_POINTS = 1000  # per curve
+MOST_VALUES = 180_000  # in the page, so that with the libraries it stays below 3 MB
 
 # One panel below the other: the quantities, the title of the axis, whether its scale can be logarithmic.
 PANELS = (
@@ -37,7 +38,11 @@ QUANTITIES = tuple(quantity for panel in PANELS for quantity in panel[0])
 
 def explore(experiments: dict[str, Sequence[Run]]) -> HTML:
     """The explorer for the published runs of some experiments, as one piece of HTML; empty experiments are left out."""
-    data = [group for name, runs in experiments.items() for group in groups(name, runs)]
+    lengths = np.array([len(run.measurements) for runs in experiments.values() for run in runs])
+    most = MOST_POINTS
+    while np.minimum(lengths, most).sum() * (len(QUANTITIES) + 1) > MOST_VALUES:
+        most = most * 9 // 10
+    data = [group for name, runs in experiments.items() for group in groups(name, runs, most)]
     if not data:
         return HTML("<p>No runs are published yet, so there is nothing to explore.</p>")
     content = {
@@ -53,7 +58,7 @@ def explore(experiments: dict[str, Sequence[Run]]) -> HTML:
     return HTML(page.replace("@DATA@", encoded).replace("@VEGA@", _vega()))
 
 
-def groups(experiment: str, runs: Sequence[Run]) -> list[dict[str, Any]]:
+def groups(experiment: str, runs: Sequence[Run], most: int = MOST_POINTS) -> list[dict[str, Any]]:
     """Runs that differ in η, ρ and seed alone, as plain values for the page; the grid of the claims comes first.
 
     Each group has a ``key``, which links use, a ``label``, its ``cells`` and its ``runs``, whose measurements are
@@ -70,7 +75,9 @@ def groups(experiment: str, runs: Sequence[Run]) -> list[dict[str, Any]]:
         size = ", ".join(filter(None, [PROFILES[rank], changed]))
         key = experiment if (rank, changed) == standard else f"{experiment}:{size.replace(', ', ':')}"
         label = f"{NAMES[experiment]} ({size})"
-        result.append({"key": key, "label": label, "cells": cells(members), "runs": [_plain(run) for run in members]})
+        result.append(
+            {"key": key, "label": label, "cells": cells(members), "runs": [_plain(run, most) for run in members]}
+        )
     return result
 
 
@@ -90,15 +97,15 @@ def cells(runs: Sequence[Run]) -> list[dict[str, Any]]:
     return result
 
 
-def thin(rows: pd.DataFrame, most: int = MOST_POINTS) -> pd.DataFrame:
+def thin(rows: pd.DataFrame, most: int) -> pd.DataFrame:
     """At most so many rows, evenly spaced, with the first and the last."""
     if len(rows) <= most:
         return rows
     return rows.iloc[np.linspace(0, len(rows) - 1, most).round().astype(int)]
 
 
-def _plain(run: Run) -> dict[str, Any]:
-    rows = thin(run.measurements)
+def _plain(run: Run, most: int) -> dict[str, Any]:
+    rows = thin(run.measurements, most)
     config = run.config
     return {
         "id": run.id,
@@ -180,7 +187,7 @@ def trajectories() -> alt.VConcatChart:
 
 def _panel(quantities: tuple[str, ...], title: str, log: bool) -> Any:
     last = quantities == PANELS[-1][0]
-    y_scale = alt.Scale(type="log", nice=False, padding=16) if log else alt.Scale(domain=[0, 1])
+    y_scale = alt.Scale(type="log", nice=False, padding=20) if log else alt.Scale(domain=[0, 1])
     palette = alt.Scale(domain=list(QUANTITIES), range=[COLOURS[name] for name in QUANTITIES])
     x_axis = alt.Axis(labels=last, ticks=last, tickCount=6, labelOverlap=True, title="step" if last else None)
     base: Any = (
@@ -213,9 +220,10 @@ def _panel(quantities: tuple[str, ...], title: str, log: bool) -> Any:
     )
     # The SAM edge and the gradient's alignment lie below what they are compared with.
     below = "indexof(['sam_edge', 'grad_alignment'], datum.quantity) >= 0 ? 16 : -10"
+    aside = "datum.end ? 'right' : 'center'"
     labels = (
         base.transform_filter("isValid(datum.label)")
-        .mark_text(fontWeight="bold", fontSize=12, dy=alt.expr(below))
+        .mark_text(fontWeight="bold", fontSize=12, dy=alt.expr(below), align=alt.expr(aside))
         .encode(text="label:N")
     )
     return alt.layer(rule, lines, points, labels).properties(height=190 if len(quantities) > 1 else 120)

@@ -85,11 +85,24 @@ def test_runs_of_another_size_are_a_choice_of_their_own():
 
 def test_thinning_keeps_order_and_both_ends():
     rows = pd.DataFrame({"step": np.arange(12_345)})
-    kept = explorer.thin(rows).step.to_numpy()
-    assert len(kept) == explorer.MOST_POINTS
+    kept = explorer.thin(rows, 1000).step.to_numpy()
+    assert len(kept) == 1000
     assert (kept[0], kept[-1]) == (0, 12_344)
     assert set(np.diff(kept)) <= {12, 13}
-    pd.testing.assert_frame_equal(explorer.thin(rows[:1000]), rows[:1000])
+    pd.testing.assert_frame_equal(explorer.thin(rows[:1000], 1000), rows[:1000])
+
+
+def test_a_page_of_long_runs_stays_small(without_vega):
+    rows = RUNS[0].measurements
+    long = rows.loc[rows.index.repeat(40)].assign(step=np.arange(40 * len(rows))).reset_index(drop=True)
+    page = explorer.explore({"mnist": [replace(run, measurements=long) for run in RUNS]})
+    assert len(page.data) < 2_000_000  # the libraries are another million characters
+    [group] = content(page)["groups"]
+    assert all(500 < len(run["step"]) <= explorer.MOST_POINTS for run in group["runs"])
+    assert (
+        len(content(explorer.explore({"mnist": [replace(RUNS[0], measurements=long)]}))["groups"][0]["runs"][0]["step"])
+        == 1000
+    )
 
 
 def test_nothing_published(tmp_path):
