@@ -22,6 +22,11 @@ from .runs import Run, published_runs
 __all__ = ["clean_downloads", "configure", "files_of_data", "stage_card"]
 
 EXTRA = "_site"  # a folder of the staged book that Sphinx copies to the top of the site
+LAUNCH = {
+    "notebook_interface": "jupyterlab",
+    "binderhub_url": "https://mybinder.org",
+    "colab_url": "https://colab.research.google.com",
+}
 INLINE = 10_000  # characters of a data link that may stay in the page
 
 
@@ -36,9 +41,8 @@ def configure(config: dict[str, Any], environ: Mapping[str, str] = os.environ) -
     html["baseurl"] = site
     if repository:
         config["repository"] = {**config["repository"], "url": repository}
+        config["launch_buttons"] = {**LAUNCH, **config.get("launch_buttons", {})}
         html |= dict.fromkeys(("use_repository_button", "use_issues_button", "use_edit_page_button"), True)
-    else:
-        config["launch_buttons"] = dict.fromkeys(("binderhub_url", "colab_url"), "")
     sphinx["extra_extensions"] = [*sphinx.get("extra_extensions", []), "sphinxext.opengraph"]
     about = {"ogp_site_url": site, "ogp_site_name": config["title"], "ogp_image": "card.png", "ogp_image_alt": _CARD}
     sphinx["config"] = {**sphinx["config"], **about, "html_extra_path": [EXTRA]}

@@ -20,7 +20,7 @@ CONFIG = yaml.safe_load((ROOT / "_config.yml").read_text())
 
 def test_without_an_address_nothing_depends_on_one():
     config = sharing.configure(CONFIG, {})
-    assert not any(config["launch_buttons"].values())
+    assert "launch_buttons" not in config
     assert not config["html"]["use_repository_button"]
     assert config["sphinx"]["config"]["ogp_site_url"] == ""
     assert "sphinxext.opengraph" in config["sphinx"]["extra_extensions"]
@@ -33,7 +33,6 @@ def test_an_address_brings_launch_edit_and_issue_buttons(given):
     written = {"repository": {"url": "https://github.com/someone/book", "branch": "main"}}
     config = sharing.configure(*((CONFIG, environ) if given == "by GitHub" else ({**CONFIG, **written}, {})))
     assert config["repository"] == written["repository"]
-    assert config["launch_buttons"] == CONFIG["launch_buttons"]
     assert {"binderhub_url", "colab_url"} <= set(config["launch_buttons"])
     assert config["html"]["use_edit_page_button"]
     assert config["html"]["use_issues_button"]
