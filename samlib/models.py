@@ -8,7 +8,6 @@ from typing import TypeVar
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 __all__ = ["CNN", "MLP", "Transformer"]
 
@@ -110,7 +109,7 @@ class _Block(nn.Module):
 
     def forward(self, x_BTD: Tensor) -> Tensor:
         x_BTD = x_BTD + self.attend(self.norm1(x_BTD))
-        return x_BTD + self.down(F.gelu(self.up(self.norm2(x_BTD)), approximate="tanh"))
+        return x_BTD + self.down(gelu(self.up(self.norm2(x_BTD))))
 
     def attend(self, x_BTD: Tensor) -> Tensor:
         # Written out because the fused kernels have no second derivative.
@@ -119,7 +118,7 @@ class _Block(nn.Module):
         )
         length = x_BTD.shape[1]
         future_TT = torch.ones(length, length, dtype=torch.bool, device=x_BTD.device).triu(1)
-        scores_BHTT = q_BHTK @ k_BHTK.mT / math.sqrt(q_BHTK.shape[-1])
+        scores_BHTT = (q_BHTK / math.sqrt(q_BHTK.shape[-1])) @ k_BHTK.mT
         weights_BHTT = scores_BHTT.masked_fill(future_TT, -math.inf).softmax(-1)
         return self.out((weights_BHTT @ v_BHTK).transpose(1, 2).flatten(2))
 
@@ -168,7 +167,7 @@ class _NormalizeBackward(torch.autograd.Function):
         # x is an argument only so that autograd asks for the derivative with respect to it.
         hx = (h * xhat).mean(dim, keepdim=True)
         ctx.save_for_backward(h, xhat, r, hx)
-        ctx.dim = dim
+        ctx.dim, ctx.Ph = dim, None
         return torch.addcmul(h - h.mean(dim, keepdim=True), xhat, hx, value=-1).mul_(r)
 
     @staticmethod
@@ -176,13 +175,58 @@ class _NormalizeBackward(torch.autograd.Function):
     def backward(ctx, u: Tensor):
         h, xhat, r, hx = ctx.saved_tensors
         dim = ctx.dim
+        if ctx.Ph is None:  # the same for every product on a retained graph
+            ctx.Ph = torch.addcmul(h - h.mean(dim, keepdim=True), xhat, hx, value=-1)
+        Ph = ctx.Ph
         ux = (u * xhat).mean(dim, keepdim=True)
-        u_mean, h_mean = u.mean(dim, keepdim=True), h.mean(dim, keepdim=True)
-        Pu = torch.addcmul(u - u_mean, xhat, ux, value=-1)
-        Ph = torch.addcmul(h - h_mean, xhat, hx, value=-1)
+        Pu = torch.addcmul(u - u.mean(dim, keepdim=True), xhat, ux, value=-1)
         uPh = (u * Ph).mean(dim, keepdim=True)
         grad_x = torch.addcmul(xhat * uPh, Pu, hx).addcmul_(Ph, ux).mul_(-r * r)
         return Pu.mul_(r), grad_x, None, None, None
+
+
+def gelu(x: Tensor) -> Tensor:
+    """The tanh approximation of GELU, x·σ(2√(2/π)(x + 0.044715 x³)), with two derivatives that reuse σ."""
+    return _Gelu.apply(x)
+
+
+# The argument of σ in GELU is A·x + B·x³.
+_A = 2 * math.sqrt(2 / math.pi)
+_B = _A * 0.044715
+
+
+class _Gelu(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x: Tensor) -> Tensor:
+        s = x.square().mul_(_B).add_(_A).mul_(x).sigmoid_()
+        ctx.save_for_backward(x, s)
+        return x * s
+
+    @staticmethod
+    def backward(ctx, h: Tensor):
+        return _GeluBackward.apply(h, *ctx.saved_tensors)
+
+
+class _GeluBackward(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, h: Tensor, x: Tensor, s: Tensor) -> Tensor:
+        z1 = x.square().mul_(3 * _B).add_(_A)  # derivative of σ's argument
+        s1 = torch.addcmul(s, s, s, value=-1).mul_(z1)  # of σ
+        first = torch.addcmul(s, x, s1)
+        ctx.save_for_backward(h, x, s, first)
+        ctx.second = None
+        return h * first
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, u: Tensor):
+        h, x, s, first = ctx.saved_tensors
+        if ctx.second is None:  # the same for every product on a retained graph
+            z1, z2 = x.square().mul_(3 * _B).add_(_A), 6 * _B * x
+            slope = s * (1 - s)
+            s2 = slope * ((1 - 2 * s) * z1.square() + z2)
+            ctx.second = (2 * slope * z1 + x * s2) * h
+        return u * first, u * ctx.second, None
 
 
 def _glorot(layer: _Layer) -> _Layer:

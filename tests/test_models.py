@@ -8,7 +8,7 @@ from torch.nn import functional as F
 
 from samlib import CNN, MLP, HessianOperator, Objective, RunConfig, Transformer, top_eigenpairs
 from samlib.experiments import Experiment, cross_entropy, mean_squared_error
-from samlib.models import LayerNorm, _Normalize
+from samlib.models import LayerNorm, _Normalize, gelu
 from samlib.objective import flatten_parameters
 
 from .conftest import small_config
@@ -44,6 +44,18 @@ def test_layer_norm_derivatives(dim):
     x = torch.randn(2, 4, 3, dtype=torch.float64, requires_grad=True)
     assert torch.autograd.gradcheck(lambda x: _Normalize.apply(x, dim), (x,))
     assert torch.autograd.gradgradcheck(lambda x: _Normalize.apply(x, dim), (x,))
+
+
+def test_gelu_is_the_tanh_approximation_with_exact_derivatives():
+    torch.manual_seed(0)
+    x = (3 * torch.randn(50, dtype=torch.float64)).requires_grad_()
+    expected = torch.nn.functional.gelu(x, approximate="tanh")
+    torch.testing.assert_close(gelu(x), expected)
+    assert torch.autograd.gradcheck(gelu, (x,))
+    assert torch.autograd.gradgradcheck(gelu, (x,))
+    extreme = torch.tensor([-1e4, 0.0, 1e4], requires_grad=True)  # where x³ overflows nothing and σ saturates
+    (slope,) = torch.autograd.grad(gelu(extreme).sum(), extreme)
+    assert slope.tolist() == [0, 0.5, 1]
 
 
 def test_mlp_forward_pass_in_numpy():
