@@ -158,6 +158,7 @@ def overview() -> alt.LayerChart:
     text = base.mark_text(fontSize=13, fontWeight="bold").encode(
         text="text:N",
         color=alt.condition(pale, alt.value("#1a1a1a"), alt.value("white")),
+        tooltip=tooltip,
     )
     return _themed(alt.layer(tiles, chosen, text).properties(height=alt.Step(44)))
 
