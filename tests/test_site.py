@@ -1,0 +1,173 @@
+"""The built website in a real browser: what a reader would trip over, on every page.
+
+They look at ``_build/html`` as ``make book`` left it, and leave pictures of every page in ``_build/screenshots``.
+"""
+
+import pytest
+
+from samlib.browser import chromium, launch, serve, settle
+
+from .conftest import ROOT
+
+SITE = ROOT / "_build" / "html"
+SHOTS = ROOT / "_build" / "screenshots"
+
+if not (SITE / "index.html").exists():
+    pytest.skip("no built site: run `make book` first", allow_module_level=True)
+if not chromium():
+    pytest.skip("no Chromium on this machine", allow_module_level=True)
+pytest.importorskip("playwright", reason="playwright is not installed")
+axe = pytest.importorskip("axe_playwright_python.sync_playwright", reason="axe-playwright-python is not installed")
+
+PAGES = [
+    "search.html",
+    *sorted(str(p.relative_to(SITE)) for f in ("book", "notebooks") for p in (SITE / f).glob("*.html")),
+]
+MEGABYTE = 2**20
+
+
+@pytest.fixture(scope="module")
+def server():
+    with serve(SITE) as address:
+        yield address
+
+
+@pytest.fixture(scope="module")
+def browser():
+    with launch() as chromium:
+        yield chromium
+
+
+@pytest.fixture
+def visit(browser):
+    """Open an address in a window of its own, and wait until its mathematics is set.
+
+    The page gets two lists: ``requests``, the addresses it asked for, and ``errors``, what went wrong meanwhile.
+    """
+    contexts = []
+
+    def visit(address, width=1280, theme="light"):
+        context = browser.new_context(viewport={"width": width, "height": 900}, color_scheme=theme)
+        context.set_default_timeout(120_000)
+        contexts.append(context)
+        page = context.new_page()
+        page.requests, page.errors = [], []
+        page.on("request", lambda request: page.requests.append(request.url))
+        page.on("requestfailed", lambda request: page.errors.append(f"failed: {request.url}"))
+        page.on("response", lambda response: response.ok or page.errors.append(f"{response.status}: {response.url}"))
+        page.on("console", lambda message: message.type == "error" and page.errors.append(message.text))
+        page.on("pageerror", lambda error: page.errors.append(str(error)))
+        page.goto(address)
+        settle(page)
+        return page
+
+    yield visit
+    for context in contexts:
+        context.close()
+
+
+@pytest.fixture(params=["server", "file"])
+def origin(request):
+    """Where the site is read from: a static server, or the files as they lie on disk."""
+    return SITE.as_uri() if request.param == "file" else request.getfixturevalue("server")
+
+
+@pytest.mark.parametrize("name", PAGES)
+def test_a_page_is_whole_with_its_mathematics_and_asks_no_other_host(visit, origin, name):
+    page = visit(f"{origin}/{name}")
+    assert page.errors == []
+    assert [url for url in page.requests if not url.startswith((f"{origin}/", "data:", "blob:"))] == []
+    broken = "[...document.images].filter(i => !i.complete || !i.naturalWidth).map(i => i.src)"
+    assert page.evaluate(broken) == []
+
+    unset = "[...document.querySelectorAll('.math')].filter(m => !m.querySelector('mjx-math')).map(m => m.textContent)"
+    assert page.evaluate(unset) == []
+    assert page.locator("mjx-merror").count() == 0
+    prose = """(() => {
+        const copy = document.querySelector("main").cloneNode(true);
+        copy.querySelectorAll("pre, code, script, style").forEach(e => e.remove());
+        return copy.textContent;
+    })()"""
+    text = page.evaluate(prose)
+    assert [sign for sign in ("\\(", "\\[", "\\frac", "\\lambda", "\\eta", "$$", "{math}") if sign in text] == []
+
+
+@pytest.mark.parametrize("theme", ["light", "dark"])
+@pytest.mark.parametrize("name", PAGES)
+def test_a_page_is_accessible_in_both_themes(visit, server, name, theme):
+    page = visit(f"{server}/{name}", theme=theme)
+    assert page.evaluate("document.documentElement.dataset.theme") == theme
+    shot(page, name, theme)
+    violations = axe.Axe().run(page).response["violations"]
+    serious = {
+        v["id"]: [node["html"][:200] for node in v["nodes"]]
+        for v in violations
+        if v["impact"] in ("serious", "critical")
+    }
+    assert serious == {}
+
+
+@pytest.mark.parametrize("name", PAGES)
+def test_a_page_fits_a_phone(visit, server, name):
+    page = visit(f"{server}/{name}", width=390)
+    shot(page, name, "phone")
+    assert page.evaluate("document.documentElement.scrollWidth") <= 390
+
+
+def test_the_address_of_the_site_leads_to_its_first_page(visit, origin):
+    page = visit(f"{origin}/index.html")
+    page.wait_for_url("**/book/index.html")
+    assert page.errors == []
+
+
+def test_the_site_and_its_pages_are_light():
+    assert sum(path.stat().st_size for path in SITE.rglob("*") if path.is_file()) < 25 * MEGABYTE
+    assert [name for name in PAGES if (SITE / name).stat().st_size > 3 * MEGABYTE] == []
+
+
+def test_every_slider_of_the_laboratory_redraws_it(visit, origin):
+    page = visit(f"{origin}/book/laboratory.html")
+    curve, edge = page.locator("#lab-curve"), page.locator("#lab-edge")
+    sliders = page.locator("#lab input[type=range]")
+    assert sliders.count() == 4
+    for i, slider in enumerate(sliders.all()):
+        before = (
+            curve.get_attribute("points"),
+            edge.get_attribute("points"),
+            page.locator("#lab output").nth(i).inner_text(),
+        )
+        slider.focus()
+        for _ in range(10):
+            page.keyboard.press("ArrowLeft")
+        after = (
+            curve.get_attribute("points"),
+            edge.get_attribute("points"),
+            page.locator("#lab output").nth(i).inner_text(),
+        )
+        assert after[0] != before[0] or slider.get_attribute("name") == "norm"
+        assert (after[1] != before[1]) == (slider.get_attribute("name") in ("eta", "rho"))
+        assert after[2] != before[2]
+
+
+def test_the_laboratory_tells_the_three_outcomes_apart(visit, server):
+    page = visit(f"{server}/book/laboratory.html")
+    lab, state = page.locator("#lab"), page.locator("#lab-state")
+
+    def press(name, key):
+        page.locator(f"#lab input[name={name}]").focus()
+        page.keyboard.press(key)
+
+    assert lab.get_attribute("data-outcome") == "cycles"
+    assert "2-cycle" in state.inner_text()
+    press("lambda", "End")  # 2/η = 20 lies below the largest curvature
+    assert lab.get_attribute("data-outcome") == "blows up"
+    assert "above 2/η = 20" in state.inner_text()
+    press("lambda", "Home")
+    press("rho", "Home")
+    assert lab.get_attribute("data-outcome") == "converges"
+
+
+def shot(page, name, kind):
+    SHOTS.mkdir(parents=True, exist_ok=True)
+    stem = name.removesuffix(".html").replace("/", "-")
+    page.screenshot(path=SHOTS / f"{stem}-{kind}.png", full_page=True, animations="disabled")
