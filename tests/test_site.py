@@ -1,7 +1,9 @@
 """The built website in a real browser: what a reader would trip over, on every page.
 
-They look at ``_build/html`` as ``make book`` left it, and leave pictures of every page in ``_build/screenshots``.
+These tests look at ``_build/html`` as ``make book`` left it, and leave pictures of every page in ``_build/screenshots``.
 """
+
+from importlib.util import find_spec
 
 import pytest
 
@@ -11,14 +13,12 @@ from .conftest import ROOT
 
 SITE = ROOT / "_build" / "html"
 SHOTS = ROOT / "_build" / "screenshots"
-
-if not (SITE / "index.html").exists():
-    pytest.skip("no built site: run `make book` first", allow_module_level=True)
-if not chromium():
-    pytest.skip("no Chromium on this machine", allow_module_level=True)
-pytest.importorskip("playwright", reason="playwright is not installed")
-axe = pytest.importorskip("axe_playwright_python.sync_playwright", reason="axe-playwright-python is not installed")
-
+MISSING = [
+    *(["a built site: run `make book` first"] if not (SITE / "index.html").exists() else []),
+    *(["Chromium"] if not chromium() else []),
+    *(name for name in ("playwright", "axe_playwright_python") if not find_spec(name)),
+]
+pytestmark = pytest.mark.skipif(bool(MISSING), reason=f"this needs {', '.join(MISSING)}")
 PAGES = [
     "search.html",
     *sorted(str(p.relative_to(SITE)) for f in ("book", "notebooks") for p in (SITE / f).glob("*.html")),
@@ -48,7 +48,7 @@ def visit(browser):
 
     def visit(address, width=1280, theme="light"):
         context = browser.new_context(viewport={"width": width, "height": 900}, color_scheme=theme)
-        context.set_default_timeout(120_000)
+        context.set_default_timeout(60_000)
         contexts.append(context)
         page = context.new_page()
         page.requests, page.errors = [], []
@@ -98,7 +98,9 @@ def test_a_page_is_accessible_in_both_themes(visit, server, name, theme):
     page = visit(f"{server}/{name}", theme=theme)
     assert page.evaluate("document.documentElement.dataset.theme") == theme
     shot(page, name, theme)
-    violations = axe.Axe().run(page).response["violations"]
+    from axe_playwright_python.sync_playwright import Axe
+
+    violations = Axe().run(page).response["violations"]
     serious = {
         v["id"]: [node["html"][:200] for node in v["nodes"]]
         for v in violations
@@ -165,6 +167,110 @@ def test_the_laboratory_tells_the_three_outcomes_apart(visit, server):
     press("lambda", "Home")
     press("rho", "Home")
     assert lab.get_attribute("data-outcome") == "converges"
+
+
+@pytest.fixture
+def explorer(visit, origin):
+    """Open the explorer at a place of its own address (what stands after #), with its charts drawn."""
+
+    def open_at(place="", **settings):
+        page = visit(f"{origin}/book/explorer.html{place}", **settings)
+        page.wait_for_function(DRAWN, arg=0)
+        return page
+
+    return open_at
+
+
+DRAWN = "after => +(document.getElementById('explorer').dataset.drawn ?? 0) > after"
+
+
+def redrawn(page, act):
+    """Do something to the explorer, wait until its charts are drawn anew, and return what it says of itself."""
+    before = chosen(page)["drawn"]
+    act()
+    page.wait_for_function(DRAWN, arg=int(before))
+    return chosen(page)
+
+
+def chosen(page):
+    return page.evaluate("({ ...document.getElementById('explorer').dataset })")
+
+
+def curves(page):
+    """What is drawn: the data of the curves, and the curves themselves."""
+    values = "samlibExplorer.view.data('points').filter(p => p.quantity === 'operator_norm').map(p => p.value)"
+    paths = "[...document.querySelectorAll('#explorer-chart .mark-line path')].map(path => path.getAttribute('d'))"
+    return page.evaluate(values), page.evaluate(paths)
+
+
+def test_choosing_another_run_draws_its_curves(explorer):
+    page = explorer()
+    for name in ("rho", "learning_rate"):
+        select = page.locator(f"#explorer select[name={name}]")
+        before, (values, paths) = chosen(page), curves(page)
+        other = next(v for v in select.evaluate("s => [...s.options].map(o => o.value)") if v != select.input_value())
+        after = redrawn(page, lambda select=select, other=other: select.select_option(other))
+        assert after["rho" if name == "rho" else "learningRate"] == other
+        assert set(after["runs"].split(",")).isdisjoint(before["runs"].split(","))
+        assert curves(page)[0] != values
+        assert curves(page)[1] != paths
+    assert page.errors == []
+
+
+def test_leaving_a_seed_out_and_linear_scales(explorer):
+    page = explorer()
+    values, paths = curves(page)
+    after = redrawn(page, lambda: page.locator("#explorer input[name=log]").uncheck())
+    assert after["scale"] == "linear"
+    assert curves(page)[0] == values
+    assert curves(page)[1] != paths
+    seeds = chosen(page)["seeds"].split(",")
+    after = redrawn(page, lambda: page.locator("#explorer input[name=seed]").first.uncheck())
+    assert after["seeds"].split(",") == seeds[1:]
+    assert len(curves(page)[0]) < len(values)
+    assert page.url.endswith(f"/{after['seeds']}")
+
+
+def test_a_click_on_the_map_chooses_the_run(explorer):
+    page = explorer()
+    before, values = chosen(page), curves(page)[0]
+    cell = "samlibExplorer.overview.data('cells').findIndex(c => c.runs && !c.selected)"
+    numbers = page.locator("#explorer-overview .mark-text text")  # in the middle of the tiles, where one clicks
+    after = redrawn(page, lambda: numbers.nth(page.evaluate(cell)).click())
+    assert (after["learningRate"], after["rho"]) != (before["learningRate"], before["rho"])
+    assert curves(page)[0] != values
+
+
+def test_a_link_leads_to_one_run(explorer):
+    first = explorer()
+    runs = first.evaluate("JSON.parse(document.getElementById('explorer-data').textContent).groups[0].runs")
+    run = next(r for r in runs if r["id"] not in chosen(first)["runs"])
+    page = explorer(f"#mnist/{run['learning_rate']}/{run['rho']}/{run['seed']}")
+    assert chosen(page)["runs"] == run["id"]
+    drawn = [value for value in run["operator_norm"] if value is not None]
+    assert curves(page)[0] == drawn
+
+
+def test_the_values_at_a_step_follow_the_keyboard(explorer):
+    page = explorer()
+    table, step = page.locator("#explorer tbody"), page.locator("#explorer .samlib-explorer-step output")
+    values, before = table.inner_text(), int(step.inner_text())
+    page.locator("#explorer input[name=at]").focus()
+    page.keyboard.press("ArrowRight")
+    assert int(step.inner_text()) > before
+    assert table.inner_text() != values
+
+
+def test_the_explorer_follows_the_theme(explorer):
+    page = explorer()
+    ink = "getComputedStyle(document.querySelector('#explorer-chart .role-axis-label text')).fill"
+    light = page.evaluate(ink)
+    switch = page.locator(".theme-switch-button").locator("visible=true")
+    for _ in range(3):  # from the system's theme to light to dark
+        if page.evaluate("document.documentElement.dataset.theme") != "dark":
+            switch.click()
+    assert page.evaluate("document.documentElement.dataset.theme") == "dark"
+    assert page.evaluate(ink) != light
 
 
 def shot(page, name, kind):
