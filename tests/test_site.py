@@ -1,6 +1,6 @@
 """The built website in a real browser: what a reader would trip over, on every page.
 
-These tests look at ``_build/html`` as ``make book`` left it, and leave pictures of every page in ``_build/screenshots``.
+``make book`` leaves the site in ``_build/html``; these tests leave pictures of its pages in ``_build/screenshots``.
 """
 
 from importlib.util import find_spec
