@@ -2,10 +2,14 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: book test lint check setup clean
+.PHONY: book pdf test lint site-test links check setup clean
 
 book: setup
 	$(BIN)/samlib book
+
+# The whole book in one file, _build/book.pdf; needs Chromium.
+pdf: setup
+	$(BIN)/samlib book --pdf
 
 test: lint
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses=2 --cov=samlib --cov-report=term-missing:skip-covered --cov-fail-under=90
@@ -16,8 +20,19 @@ lint: setup
 	$(BIN)/mypy
 	$(BIN)/codespell README.md CONTRIBUTING.md book samlib tests benchmarks data/README.md
 
-# All that continuous integration runs.
-check: test book
+# The built website in Chromium; skipped where there is none. Leaves pictures of every page in _build/screenshots.
+site-test: setup
+	$(BIN)/python -m pytest --numprocesses=2 tests/test_site.py
+
+# The links that lead out of the built book; needs a network.
+links: setup
+	$(BIN)/jupyter-book build _build/stage --path-output _build/links --builder linkcheck
+
+# All that continuous integration runs, in its order: the browser tests look at the book.
+check:
+	$(MAKE) test
+	$(MAKE) book
+	$(MAKE) site-test
 
 setup: .venv/ready
 .venv/ready: constraints.txt pyproject.toml

@@ -13,10 +13,11 @@ from typing import Any
 
 import yaml
 
+from . import browser
 from .notebooks import execute, parameters
 from .sharing import clean_downloads, configure, files_of_data, stage_card
 
-__all__ = ["BookError", "build", "execution_times", "notebooks_in"]
+__all__ = ["BookError", "build", "execution_times", "notebooks_in", "pdf"]
 
 
 STATUS = "book/status"  # the notebook about the others
@@ -64,26 +65,50 @@ def build(root: Path, profile: str = "quick", data: str = "auto") -> Path:
         finally:
             pool.shutdown(cancel_futures=True)
 
-    # Warnings are errors: a broken reference or a missing image must not reach a reader.
-    program = Path(sys.executable).with_name("jupyter-book")
-    command = [
-        str(program),
-        "build",
-        str(stage),
-        "--path-output",
-        str(root),
-        "--all",
-        "-W",
-        "-n",
-        "--keep-going",
-        "--quiet",
-    ]
-    done = subprocess.run(command, cwd=root)
+    _jupyter_book(root, "html")
     index = root / "_build" / "html" / "index.html"
-    if done.returncode or not index.exists():
-        raise BookError("jupyter-book failed; its messages are above")
     clean_downloads(root, index.parent, names)
     return index
+
+
+def pdf(root: Path) -> Path:
+    """Print the book that ``build`` left, as one PDF with bookmarks, by way of one long page in Chromium.
+
+    Args:
+        root: the project; its book is built.
+
+    Returns:
+        The file, ``_build/book.pdf``.
+
+    Raises:
+        BookError: if there is no Chromium, or the build fails.
+    """
+    if not browser.chromium():
+        raise BookError("printing needs Chromium, and none of its usual names is on the PATH")
+    _jupyter_book(root, "singlehtml")
+    pages = root / "_build" / "singlehtml"
+    # Sphinx puts the page where the first chapter lies, with addresses as seen from the top.
+    page_file = pages / "index.html"
+    page_file.write_text((pages / "book" / "index.html").read_text().replace('"book/index.html#', '"#'))
+    target = root / "_build" / "book.pdf"
+    with browser.launch() as chromium:
+        page = chromium.new_page(color_scheme="light")
+        page.set_default_timeout(300_000)
+        page.goto(page_file.as_uri())
+        browser.settle(page)
+        # Data behind a figure is for the website: in print its link would lead nowhere.
+        page.evaluate("document.querySelectorAll('a[download]').forEach(link => link.remove())")
+        page.pdf(path=target, format="A4", outline=True, tagged=True, margin={"top": "15mm", "bottom": "15mm"})
+    return target
+
+
+def _jupyter_book(root: Path, builder: str) -> None:
+    """Build the staged book. Warnings are errors: a broken reference or a missing image must not reach a reader."""
+    program = str(Path(sys.executable).with_name("jupyter-book"))
+    command = [program, "build", str(root / "_build" / "stage"), "--path-output", str(root), "--builder", builder]
+    done = subprocess.run([*command, "--all", "-W", "-n", "--keep-going", "--quiet"], cwd=root)
+    if done.returncode or not any((root / "_build" / builder).rglob("index.html")):
+        raise BookError("jupyter-book failed; its messages are above")
 
 
 def notebooks_in(toc: Path) -> list[str]:

@@ -141,9 +141,10 @@ def book(
     profile: Annotated[str, typer.Option(help="Profile of the live runs: quick, reduced or paper.")] = "quick",
     data: Annotated[str, typer.Option(help="auto, real or standin.")] = "auto",
     root: Annotated[Path, typer.Option(help="The project's folder.")] = Path("."),
+    as_pdf: Annotated[bool, typer.Option("--pdf", help="Also print it into _build/book.pdf; needs Chromium.")] = False,
 ) -> None:
     """Execute the notebooks and build the website into _build/html."""
-    from .book import BookError, build
+    from .book import BookError, build, pdf
     from .experiments import PROFILES
 
     if profile not in PROFILES or data not in ("auto", "real", "standin"):
@@ -152,9 +153,10 @@ def book(
         _invalid(f"{root.absolute()} holds no _toc.yml; run this in the project's folder or give --root")
     try:
         index = build(root.absolute(), profile, data)
+        printed = pdf(root.absolute()) if as_pdf else None
     except BookError as error:
         _fail(str(error), 1)
-    print(f"The book is built. Open {index}")
+    print(f"The book is built. Open {index}" + (f" or {printed}" if printed else ""))
 
 
 class _SweepGroup(typer.core.TyperGroup):

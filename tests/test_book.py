@@ -2,6 +2,7 @@
 
 import json
 import re
+import shutil
 import subprocess
 import sys
 import tomllib
@@ -9,10 +10,13 @@ from itertools import chain
 
 import nbformat
 import papermill
+import pypdf
 import pytest
 import yaml
 
-from samlib.book import BookError, _execute, notebooks_in
+from samlib import site
+from samlib.book import BookError, _execute, _jupyter_book, notebooks_in, pdf
+from samlib.browser import chromium
 
 from .conftest import ROOT
 
@@ -89,3 +93,79 @@ def test_a_failing_notebook_fails_the_build_with_its_reason(tmp_path):
 def test_importing_samlib_does_not_import_torch():
     code = "import sys, samlib, samlib.cli; sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], cwd=ROOT).returncode == 0
+
+
+@pytest.fixture
+def small_book(tmp_path):
+    """Build a book of one page, with the configuration of the real one."""
+
+    def build(page):
+        stage = tmp_path / "_build" / "stage"
+        shutil.copytree(ROOT / "book" / "_static", stage / "book" / "_static", dirs_exist_ok=True)
+        shutil.copy(ROOT / "book" / "references.bib", stage / "book")
+        config = yaml.safe_load((ROOT / "_config.yml").read_text())
+        (stage / "_config.yml").write_text(yaml.safe_dump(config))
+        (stage / "_toc.yml").write_text("format: jb-book\nroot: book/index")
+        (stage / "book" / "index.md").write_text(page)
+        _jupyter_book(tmp_path, "html")
+
+    return build
+
+
+SOUND = """(top)=
+# A page
+
+[Here](#top), $\\alpha$ and {cite:t}`long2024sam`.
+
+![A dot](_static/favicon.svg)
+
+```{bibliography}
+```
+"""
+FAULTY = {
+    "[gone](nowhere.md)": "cross-reference target not found: 'nowhere.md'",
+    "{ref}`nowhere`": "undefined label: 'nowhere'",
+    "{eq}`nowhere`": "equation not found: nowhere",
+    "{cite:t}`nobody2000`": 'could not find bibtex key "nobody2000"',
+    "![gone](gone.png)": "image file not readable: book/gone.png",
+    "![](_static/favicon.svg)": "figure without alternative text: img ../_images/favicon.svg",
+    '<a href="gone.html">raw</a>': "broken link: gone.html",
+}
+
+
+def test_the_build_fails_on_broken_links_references_citations_and_pictures(small_book, capfd):
+    small_book(SOUND)
+    capfd.readouterr()
+    with pytest.raises(BookError):
+        small_book(SOUND + "\n\n".join(["", *FAULTY]))
+    output = "".join(capfd.readouterr())
+    assert [message for message in FAULTY.values() if message not in output] == []
+
+
+@pytest.mark.skipif(not chromium(), reason="no Chromium on this machine")
+def test_the_book_prints_with_bookmarks_and_mathematics(small_book, tmp_path):
+    small_book(SOUND)
+    printed = pypdf.PdfReader(pdf(tmp_path))
+    assert "A page" in str(printed.outline)
+    text = "".join(page.extract_text() for page in printed.pages)
+    assert "A page" in text
+    assert "alpha" not in text
+
+
+def test_each_fault_of_a_page_is_found_and_nothing_else(tmp_path):
+    (tmp_path / "sub").mkdir()
+    (tmp_path / "sub" / "other.html").write_text('<h1 id="there">x</h1><a href="../page.html?q=1#here">back</a>')
+    (tmp_path / "picture.png").touch()
+    (tmp_path / "page.html").write_text("""
+        <a id="here" href="sub/other.html#there">x</a> <a href="https://example.org/gone">x</a> <a href="#here">x</a>
+        <img src="picture.png" alt="a picture"> <svg aria-label="a chart"></svg>
+        <svg aria-hidden="true"></svg>
+        <a href="sub/other.html#nowhere">x</a> <a href="#nowhere">x</a> <img src="gone.png" alt="gone">
+        <img src="picture.png"> <img src="picture.png" alt=""> <svg></svg>""")
+    assert site.faults(tmp_path) == [
+        "page.html: figure without alternative text: img picture.png",
+        "page.html: figure without alternative text: svg ",
+        "page.html: broken link: sub/other.html#nowhere (no such place on that page)",
+        "page.html: broken link: #nowhere (no such place on that page)",
+        "page.html: broken link: gone.png",
+    ]

@@ -1,0 +1,279 @@
+"""The built website in a real browser: what a reader would trip over, on every page.
+
+``make book`` leaves the site in ``_build/html``; these tests leave pictures of its pages in ``_build/screenshots``.
+"""
+
+from importlib.util import find_spec
+
+import pytest
+
+from samlib.browser import chromium, launch, serve, settle
+
+from .conftest import ROOT
+
+SITE = ROOT / "_build" / "html"
+SHOTS = ROOT / "_build" / "screenshots"
+MISSING = [
+    *(["a built site: run `make book` first"] if not (SITE / "index.html").exists() else []),
+    *(["Chromium"] if not chromium() else []),
+    *(name for name in ("playwright", "axe_playwright_python") if not find_spec(name)),
+]
+pytestmark = pytest.mark.skipif(bool(MISSING), reason=f"this needs {', '.join(MISSING)}")
+PAGES = [
+    "search.html",
+    *sorted(str(p.relative_to(SITE)) for f in ("book", "notebooks") for p in (SITE / f).glob("*.html")),
+]
+MEGABYTE = 2**20
+
+
+@pytest.fixture(scope="module")
+def server():
+    with serve(SITE) as address:
+        yield address
+
+
+@pytest.fixture(scope="module")
+def browser():
+    with launch() as chromium:
+        yield chromium
+
+
+@pytest.fixture
+def visit(browser):
+    """Open an address in a window of its own, and wait until its mathematics is set.
+
+    The page gets two lists: ``requests``, the addresses it asked for, and ``errors``, what went wrong meanwhile.
+    """
+    contexts = []
+
+    def visit(address, width=1280, theme="light"):
+        context = browser.new_context(viewport={"width": width, "height": 900}, color_scheme=theme)
+        context.set_default_timeout(60_000)
+        contexts.append(context)
+        page = context.new_page()
+        page.requests, page.errors = [], []
+        page.on("request", lambda request: page.requests.append(request.url))
+        page.on("requestfailed", lambda request: page.errors.append(f"failed: {request.url}"))
+        page.on("response", lambda response: response.ok or page.errors.append(f"{response.status}: {response.url}"))
+        page.on("console", lambda message: message.type == "error" and page.errors.append(message.text))
+        page.on("pageerror", lambda error: page.errors.append(str(error)))
+        page.goto(address)
+        settle(page)
+        return page
+
+    yield visit
+    for context in contexts:
+        context.close()
+
+
+@pytest.fixture(params=["server", "file"])
+def origin(request):
+    """Where the site is read from: a static server, or the files as they lie on disk."""
+    return SITE.as_uri() if request.param == "file" else request.getfixturevalue("server")
+
+
+@pytest.mark.parametrize("name", PAGES)
+def test_a_page_is_whole_with_its_mathematics_and_asks_no_other_host(visit, origin, name):
+    page = visit(f"{origin}/{name}")
+    assert page.errors == []
+    assert [url for url in page.requests if not url.startswith((f"{origin}/", "data:", "blob:"))] == []
+    broken = "[...document.images].filter(i => !i.complete || !i.naturalWidth).map(i => i.src)"
+    assert page.evaluate(broken) == []
+
+    unset = "[...document.querySelectorAll('.math')].filter(m => !m.querySelector('mjx-math')).map(m => m.textContent)"
+    assert page.evaluate(unset) == []
+    assert page.locator("mjx-merror").count() == 0
+    prose = """(() => {
+        const copy = document.querySelector("main").cloneNode(true);
+        copy.querySelectorAll("pre, code, script, style").forEach(e => e.remove());
+        return copy.textContent;
+    })()"""
+    text = page.evaluate(prose)
+    assert [sign for sign in ("\\(", "\\[", "\\frac", "\\lambda", "\\eta", "$$", "{math}") if sign in text] == []
+
+
+@pytest.mark.parametrize("theme", ["light", "dark"])
+@pytest.mark.parametrize("name", PAGES)
+def test_a_page_is_accessible_in_both_themes(visit, server, name, theme):
+    page = visit(f"{server}/{name}", theme=theme)
+    assert page.evaluate("document.documentElement.dataset.theme") == theme
+    shot(page, name, theme)
+    from axe_playwright_python.sync_playwright import Axe
+
+    violations = Axe().run(page).response["violations"]
+    serious = {
+        v["id"]: [node["html"][:200] for node in v["nodes"]]
+        for v in violations
+        if v["impact"] in ("serious", "critical")
+    }
+    assert serious == {}
+
+
+@pytest.mark.parametrize("name", PAGES)
+def test_a_page_fits_a_phone(visit, server, name):
+    page = visit(f"{server}/{name}", width=390)
+    shot(page, name, "phone")
+    assert page.evaluate("document.documentElement.scrollWidth") <= 390
+
+
+def test_the_address_of_the_site_leads_to_its_first_page(visit, origin):
+    page = visit(f"{origin}/index.html")
+    page.wait_for_url("**/book/index.html")
+    assert page.errors == []
+
+
+def test_the_site_and_its_pages_are_light():
+    assert sum(path.stat().st_size for path in SITE.rglob("*") if path.is_file()) < 25 * MEGABYTE
+    assert [name for name in PAGES if (SITE / name).stat().st_size > 3 * MEGABYTE] == []
+
+
+def test_every_slider_of_the_laboratory_redraws_it(visit, origin):
+    page = visit(f"{origin}/book/laboratory.html")
+    curve, edge = page.locator("#lab-curve"), page.locator("#lab-edge")
+    sliders = page.locator("#lab input[type=range]")
+    assert sliders.count() == 4
+    for i, slider in enumerate(sliders.all()):
+        before = (
+            curve.get_attribute("points"),
+            edge.get_attribute("points"),
+            page.locator("#lab output").nth(i).inner_text(),
+        )
+        slider.focus()
+        for _ in range(10):
+            page.keyboard.press("ArrowLeft")
+        after = (
+            curve.get_attribute("points"),
+            edge.get_attribute("points"),
+            page.locator("#lab output").nth(i).inner_text(),
+        )
+        assert after[0] != before[0] or slider.get_attribute("name") == "norm"
+        assert (after[1] != before[1]) == (slider.get_attribute("name") in ("eta", "rho"))
+        assert after[2] != before[2]
+
+
+def test_the_laboratory_tells_the_three_outcomes_apart(visit, server):
+    page = visit(f"{server}/book/laboratory.html")
+    lab, state = page.locator("#lab"), page.locator("#lab-state")
+
+    def press(name, key):
+        page.locator(f"#lab input[name={name}]").focus()
+        page.keyboard.press(key)
+
+    assert lab.get_attribute("data-outcome") == "cycles"
+    assert "2-cycle" in state.inner_text()
+    press("lambda", "End")  # 2/η = 20 lies below the largest curvature
+    assert lab.get_attribute("data-outcome") == "blows up"
+    assert "above 2/η = 20" in state.inner_text()
+    press("lambda", "Home")
+    press("rho", "Home")
+    assert lab.get_attribute("data-outcome") == "converges"
+
+
+@pytest.fixture
+def explorer(visit, origin):
+    """Open the explorer at a place of its own address (what stands after #), with its charts drawn."""
+
+    def open_at(place="", **settings):
+        page = visit(f"{origin}/book/explorer.html{place}", **settings)
+        page.wait_for_function(DRAWN, arg=0)
+        return page
+
+    return open_at
+
+
+DRAWN = "after => +(document.getElementById('explorer').dataset.drawn ?? 0) > after"
+
+
+def redrawn(page, act):
+    """Do something to the explorer, wait until its charts are drawn anew, and return what it says of itself."""
+    before = chosen(page)["drawn"]
+    act()
+    page.wait_for_function(DRAWN, arg=int(before))
+    return chosen(page)
+
+
+def chosen(page):
+    return page.evaluate("({ ...document.getElementById('explorer').dataset })")
+
+
+def curves(page):
+    """What is drawn: the data of the curves, and the curves themselves."""
+    values = "samlibExplorer.view.data('points').filter(p => p.quantity === 'operator_norm').map(p => p.value)"
+    paths = "[...document.querySelectorAll('#explorer-chart .mark-line path')].map(path => path.getAttribute('d'))"
+    return page.evaluate(values), page.evaluate(paths)
+
+
+def test_choosing_another_run_draws_its_curves(explorer):
+    page = explorer()
+    for name in ("rho", "learning_rate"):
+        select = page.locator(f"#explorer select[name={name}]")
+        before, (values, paths) = chosen(page), curves(page)
+        other = next(v for v in select.evaluate("s => [...s.options].map(o => o.value)") if v != select.input_value())
+        after = redrawn(page, lambda select=select, other=other: select.select_option(other))
+        assert after["rho" if name == "rho" else "learningRate"] == other
+        assert set(after["runs"].split(",")).isdisjoint(before["runs"].split(","))
+        assert curves(page)[0] != values
+        assert curves(page)[1] != paths
+    assert page.errors == []
+
+
+def test_leaving_a_seed_out_and_linear_scales(explorer):
+    page = explorer()
+    values, paths = curves(page)
+    after = redrawn(page, lambda: page.locator("#explorer input[name=log]").uncheck())
+    assert after["scale"] == "linear"
+    assert curves(page)[0] == values
+    assert curves(page)[1] != paths
+    seeds = chosen(page)["seeds"].split(",")
+    after = redrawn(page, lambda: page.locator("#explorer input[name=seed]").first.uncheck())
+    assert after["seeds"].split(",") == seeds[1:]
+    assert len(curves(page)[0]) < len(values)
+    assert page.url.endswith(f"/{after['seeds']}")
+
+
+def test_a_click_on_the_map_chooses_the_run(explorer):
+    page = explorer()
+    before, values = chosen(page), curves(page)[0]
+    cell = "samlibExplorer.overview.data('cells').findIndex(c => c.runs && !c.selected)"
+    numbers = page.locator("#explorer-overview .mark-text text")  # in the middle of the tiles, where one clicks
+    after = redrawn(page, lambda: numbers.nth(page.evaluate(cell)).click())
+    assert (after["learningRate"], after["rho"]) != (before["learningRate"], before["rho"])
+    assert curves(page)[0] != values
+
+
+def test_a_link_leads_to_one_run(explorer):
+    first = explorer()
+    runs = first.evaluate("JSON.parse(document.getElementById('explorer-data').textContent).groups[0].runs")
+    run = next(r for r in runs if r["id"] not in chosen(first)["runs"])
+    page = explorer(f"#mnist/{run['learning_rate']}/{run['rho']}/{run['seed']}")
+    assert chosen(page)["runs"] == run["id"]
+    drawn = [value for value in run["operator_norm"] if value is not None]
+    assert curves(page)[0] == drawn
+
+
+def test_the_values_at_a_step_follow_the_keyboard(explorer):
+    page = explorer()
+    table, step = page.locator("#explorer tbody"), page.locator("#explorer .samlib-explorer-step output")
+    values, before = table.inner_text(), int(step.inner_text())
+    page.locator("#explorer input[name=at]").focus()
+    page.keyboard.press("ArrowRight")
+    assert int(step.inner_text()) > before
+    assert table.inner_text() != values
+
+
+def test_the_explorer_follows_the_theme(explorer):
+    page = explorer()
+    ink = "getComputedStyle(document.querySelector('#explorer-chart .role-axis-label text')).fill"
+    light = page.evaluate(ink)
+    switch = page.locator(".theme-switch-button").locator("visible=true")
+    for _ in range(3):  # from the system's theme to light to dark
+        if page.evaluate("document.documentElement.dataset.theme") != "dark":
+            switch.click()
+    assert page.evaluate("document.documentElement.dataset.theme") == "dark"
+    assert page.evaluate(ink) != light
+
+
+def shot(page, name, kind):
+    SHOTS.mkdir(parents=True, exist_ok=True)
+    stem = name.removesuffix(".html").replace("/", "-")
+    page.screenshot(path=SHOTS / f"{stem}-{kind}.png", full_page=True, animations="disabled")
