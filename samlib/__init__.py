@@ -20,7 +20,9 @@ _HOME = {
     "sam_step": "optim",
     "EigenResult": "hessian",
     "HessianOperator": "hessian",
+    "hutchinson_trace": "hessian",
     "power_iteration": "hessian",
+    "spectral_density": "hessian",
     "top_eigenpairs": "hessian",
     "CNN": "models",
     "MLP": "models",
@@ -41,7 +43,14 @@ if TYPE_CHECKING:
     from .datasets import Dataset, load_dataset
     from .edges import gd_edge, growth_factor, sam_edge, two_cycle_radius
     from .experiments import RunConfig, grid
-    from .hessian import EigenResult, HessianOperator, power_iteration, top_eigenpairs
+    from .hessian import (
+        EigenResult,
+        HessianOperator,
+        hutchinson_trace,
+        power_iteration,
+        spectral_density,
+        top_eigenpairs,
+    )
     from .models import CNN, MLP, Transformer
     from .objective import Objective
     from .optim import SAM, frozen_batch_statistics, gd_step, sam_step

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from typing import Literal, Protocol
 
@@ -12,7 +12,16 @@ from torch import Tensor
 
 from .objective import Objective
 
-__all__ = ["EigenResult", "HessianOperator", "extreme_eigenpairs", "power_iteration", "top_eigenpairs"]
+__all__ = [
+    "EigenResult",
+    "HessianOperator",
+    "SpectralDensity",
+    "extreme_eigenpairs",
+    "hutchinson_trace",
+    "power_iteration",
+    "spectral_density",
+    "top_eigenpairs",
+]
 
 Which = Literal["LA", "SA", "LM", "BE"]
 
@@ -108,6 +117,7 @@ def top_eigenpairs(
     max_matvecs: int = 300,
     generator: torch.Generator | None = None,
     explore: int = 6,
+    value_tol: float = 0.0,
 ) -> EigenResult:
     """The k extreme eigenpairs of a symmetric operator.
 
@@ -124,6 +134,9 @@ def top_eigenpairs(
         explore: with a warm start, steps of a Krylov sequence from the random directions before an answer is
             believed: eigenvectors orthogonal to ``v0`` cannot be seen otherwise. Fewer are enough where the
             matrix moves little between calls; each costs as many products as pairs are wanted.
+        value_tol: a pair is also good enough once residual²/gap, which estimates the error of its value, is at most
+            this, relative to the largest |θ|; the gap is that to the next Ritz value. For callers who want values
+            more than vectors: fewer products, and a larger residual, which is reported and still is a bound.
 
     Returns:
         An :class:`EigenResult`. If the budget ended first, ``converged`` is false and a ``RuntimeWarning`` tells the
@@ -144,7 +157,7 @@ def top_eigenpairs(
     if not 1 <= k <= size:
         raise ValueError(f"k must lie between 1 and the operator's size {size}, got {k}")
     high, low = {"LA": (k, 0), "SA": (0, k), "LM": (k, k), "BE": ((k + 1) // 2, k // 2)}[which]
-    limits = (tol, tol, max_matvecs, generator, explore)
+    limits = (tol, tol, max_matvecs, generator, explore, value_tol)
     result = _solve(operator, high, low, v0, *limits, largest=k if which == "LM" else None)
     if which == "LA" or which == "BE":
         return result
@@ -164,6 +177,7 @@ def extreme_eigenpairs(
     max_matvecs: int = 300,
     generator: torch.Generator | None = None,
     explore: int = 6,
+    value_tol: float = 0.0,
 ) -> EigenResult:
     """Both ends of a spectrum from one search space: the ``high`` largest and the ``low`` smallest pairs.
 
@@ -177,7 +191,7 @@ def extreme_eigenpairs(
     """
     if high < 0 or low < 0 or not 1 <= high + low <= operator.shape[0]:
         raise ValueError(f"high + low must lie between 1 and the operator's size, got {high} + {low}")
-    return _solve(operator, high, low, v0, tol, low_tol, max_matvecs, generator, explore)
+    return _solve(operator, high, low, v0, tol, low_tol, max_matvecs, generator, explore, value_tol)
 
 
 @torch.no_grad()
@@ -191,11 +205,14 @@ def _solve(
     max_matvecs: int,
     generator: torch.Generator | None,
     explore: int,
+    value_tol: float,
     largest: int | None = None,
 ) -> EigenResult:
     """Rayleigh–Ritz on a growing space; ``largest`` wants that many pairs by magnitude, from whichever end."""
     if not tol > 0 or not low_tol > 0:
         raise ValueError(f"tol must be positive, got {min(tol, low_tol)!r}")
+    if not value_tol >= 0:
+        raise ValueError(f"value_tol must not be negative, got {value_tol!r}")
     if max_matvecs < 1:
         raise ValueError(f"max_matvecs must be at least 1, got {max_matvecs}")
     size = operator.shape[0]
@@ -244,7 +261,8 @@ def _solve(
         tolerance = torch.tensor([tol if t else low_tol for t in tight], dtype=torch.float64) * norm
         # A low pair that is loosely bounded but clearly below the norm has done its part.
         below = torch.tensor([not t for t in tight]) & (theta[wanted].abs() + 2 * residuals < norm) & (low_tol > tol)
-        open_pairs = ((residuals > tolerance) & ~below).nonzero()[:, 0]
+        known = (residuals / unit).square() <= value_tol * (_gaps(theta)[wanted] / unit)
+        open_pairs = ((residuals > tolerance) & ~below & ~known).nonzero()[:, 0]
         done = count >= goal and len(open_pairs) == 0 and (left == 0 or count == size)
         if done or matvecs >= max_matvecs or count == size:
             break
@@ -264,6 +282,13 @@ def _solve(
         )
     subspace = basis @ rotation[:, _nearest(count, high, low, max(KEPT, goal + 1))]
     return EigenResult(theta[wanted].to(like), vectors, residuals.to(like), matvecs, done, subspace)
+
+
+def _gaps(theta: Tensor) -> Tensor:
+    """The distance from each of some sorted values to the next one."""
+    steps = (theta[:-1] - theta[1:]).abs()
+    beyond = theta.new_zeros(1) if len(theta) == 1 else theta.new_full((1,), float("inf"))
+    return torch.minimum(torch.cat([beyond, steps]), torch.cat([steps, beyond]))
 
 
 def _ends(count: int, high: int, low: int) -> list[int]:
@@ -353,3 +378,99 @@ def power_iteration(
     residual = (product - value * vector).norm()
     column = vector[:, None]
     return EigenResult(value[None], column, residual[None], spent, converged, column)
+
+
+@torch.no_grad()
+def hutchinson_trace(
+    operator: SymmetricOperator, probes: int = 30, generator: torch.Generator | None = None
+) -> tuple[float, float]:
+    """The trace of a symmetric operator, and the standard error of the estimate.
+
+    Averages v·(H v) over random sign vectors v; each costs one product.
+
+    Args:
+        operator: the Hessian, or any symmetric (P, P) tensor or operator.
+        probes: number of random vectors, at least 2.
+        generator: source of the signs; seeded with 0 if not given.
+
+    Raises:
+        ValueError: with fewer than two probes, which have no standard error.
+
+    Source: Hutchinson (1990), *A stochastic estimator of the trace of the influence matrix*.
+
+    >>> hutchinson_trace(torch.diag(torch.tensor([3.0, -1.0, 2.0])))  # exact for diagonal matrices
+    (4.0, 0.0)
+    """
+    if probes < 2:
+        raise ValueError(f"probes must be at least 2, got {probes}")
+    samples = torch.stack([v.double() @ (operator @ v).double() for v in _signs(operator, probes, generator)])
+    return float(samples.mean()), float(samples.std() / probes**0.5)
+
+
+@dataclass(frozen=True)
+class SpectralDensity:
+    """A quadrature of a spectrum: each probe's nodes θ and weights, which sum to one, shapes (probes, steps)."""
+
+    nodes: Tensor
+    weights: Tensor
+
+    def __call__(self, at: Tensor, width: float) -> Tensor:
+        """The density at some points (n,), each node smoothed to a Gaussian of standard deviation ``width``."""
+        bumps = torch.exp(-(((at[:, None, None] - self.nodes) / width) ** 2) / 2) / (width * (2 * torch.pi) ** 0.5)
+        return (bumps * self.weights).sum(-1).mean(-1)
+
+    def moment(self, power: int) -> float:
+        """The mean of λ to a power over the spectrum, trace(Hᵖ)/P: exact in expectation for p < 2 · steps."""
+        return float((self.nodes**power * self.weights).sum(-1).mean())
+
+
+@torch.no_grad()
+def spectral_density(
+    operator: SymmetricOperator, probes: int = 4, steps: int = 60, generator: torch.Generator | None = None
+) -> SpectralDensity:
+    """How the eigenvalues of a symmetric operator are spread: stochastic Lanczos quadrature.
+
+    Args:
+        operator: the Hessian, or any symmetric (P, P) tensor or operator.
+        probes: number of random sign vectors.
+        steps: Lanczos steps for each; a probe costs as many products, and keeps as many vectors (P,) in memory.
+        generator: source of the signs; seeded with 0 if not given.
+
+    Raises:
+        ValueError: if ``probes`` or ``steps`` is less than 1.
+
+    Source: Ubaru, Chen & Saad (2017), *Fast estimation of tr(f(A)) via stochastic Lanczos quadrature*; Ghorbani,
+    Krishnan & Xiao (2019), arXiv:1901.10159.
+    """
+    if probes < 1 or steps < 1:
+        raise ValueError(f"probes and steps must be at least 1, got {probes} and {steps}")
+    steps = min(steps, operator.shape[0])
+    nodes, weights = torch.zeros(2, probes, steps, dtype=torch.float64)
+    for probe, start in enumerate(_signs(operator, probes, generator)):
+        basis = start[:, None] / start.norm()
+        diagonal: list[float] = []
+        beside: list[float] = []
+        while True:
+            vector = basis[:, -1]
+            image = operator @ vector
+            diagonal.append(float(vector @ image))
+            for _ in range(2):  # full orthogonalisation: without it, copies of converged values appear
+                image = image - basis @ (basis.mT @ image)
+            length = float(image.norm())
+            scale = max(map(abs, diagonal + beside))
+            if len(diagonal) == steps or length <= 100 * torch.finfo(image.dtype).eps * scale:
+                break
+            beside.append(length)
+            basis = torch.cat([basis, (image / length)[:, None]], 1)
+        off = torch.tensor(beside, dtype=torch.float64)
+        tridiagonal = torch.diag(torch.tensor(diagonal, dtype=torch.float64)) + off.diag(1) + off.diag(-1)
+        theta, vectors = torch.linalg.eigh(tridiagonal)
+        nodes[probe, : len(theta)], weights[probe, : len(theta)] = theta, vectors[0].square()
+    return SpectralDensity(nodes, weights)
+
+
+def _signs(operator: SymmetricOperator, count: int, generator: torch.Generator | None) -> Iterator[Tensor]:
+    """Random vectors (P,) of ±1."""
+    like, generator = _like(operator, None), generator or torch.Generator().manual_seed(0)
+    for _ in range(count):
+        yield (2 * torch.randint(2, (operator.shape[0],), generator=generator) - 1).to(like)

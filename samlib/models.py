@@ -100,7 +100,7 @@ class Transformer(nn.Module):
 class _Block(nn.Module):
     def __init__(self, width: int, heads: int, key_size: int, widening: int, layers: int) -> None:
         super().__init__()
-        self.heads = heads
+        self.heads, self.activation = heads, gelu
         self.norm1, self.norm2 = LayerNorm(width), LayerNorm(width)
         self.query, self.key, self.value = (_scaled(nn.Linear(width, heads * key_size), layers) for _ in range(3))
         self.out = _scaled(nn.Linear(heads * key_size, width), layers)
@@ -109,7 +109,7 @@ class _Block(nn.Module):
 
     def forward(self, x_BTD: Tensor) -> Tensor:
         x_BTD = x_BTD + self.attend(self.norm1(x_BTD))
-        return x_BTD + self.down(gelu(self.up(self.norm2(x_BTD))))
+        return x_BTD + self.down(self.activation(self.up(self.norm2(x_BTD))))
 
     def attend(self, x_BTD: Tensor) -> Tensor:
         # Written out because the fused kernels have no second derivative.
