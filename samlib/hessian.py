@@ -133,7 +133,8 @@ def top_eigenpairs(
         generator: source of the random directions; seeded with 0 if not given.
         explore: with a warm start, steps of a Krylov sequence from the random directions before an answer is
             believed: eigenvectors orthogonal to ``v0`` cannot be seen otherwise. Fewer are enough where the
-            matrix moves little between calls; each costs as many products as pairs are wanted.
+            matrix moves little between calls; each costs as many products as pairs are wanted. With 0, a random
+            direction is only mixed into the last column of ``v0``.
         value_tol: a pair is also good enough once residual²/gap, which estimates the error of its value, is at most
             this, relative to the largest |θ|; the gap is that to the next Ritz value. For callers who want values
             more than vectors: fewer products, and a larger residual, which is reported and still is a bound.
@@ -223,12 +224,17 @@ def _solve(
         return torch.randn(size, columns, generator=generator, dtype=torch.float64).to(like)
 
     # As many starting vectors as wanted pairs: a space grown from one vector sees one copy of a multiple eigenvalue.
-    explorers = max(high, low) if v0 is None or explore else 1
+    explorers = max(high, low)
     start = random(explorers)
     if v0 is not None:
         if v0.shape[0] != size or v0.dim() > 2:
             raise ValueError(f"v0 must have shape ({size},) or ({size}, m), got {tuple(v0.shape)}")
-        start = torch.cat([v0.reshape(size, -1).to(like), start], 1)
+        warm = v0.reshape(size, -1).to(like)
+        if explore:
+            start = torch.cat([warm, start], 1)
+        else:  # a random direction without a product of its own: in the last vector, which matters least
+            noise = start[:, :1] * (0.3 * warm[:, -1:].norm() / start[:, :1].norm())
+            start = torch.cat([warm[:, :-1], warm[:, -1:] + noise], 1)
     left = 0 if v0 is None else explore
     basis = image = like.new_empty(size, 0)
     matvecs, goal = 0, min(largest or high + low, size)

@@ -1,0 +1,109 @@
+"""What the benchmarks share: the networks, points of a trajectory at the edge, timing side by side, and the record."""
+
+from __future__ import annotations
+
+import json
+import os
+import statistics
+import time
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from samlib import RunConfig, models
+from samlib.experiments import Experiment
+from samlib.optim import sam_step
+from samlib.training import commit, processor
+
+RESULTS = Path(__file__).parent / "results"
+
+# Each network at a learning rate and rho at which it meets its edge; from which step on, and how far apart, it is looked
+# at. The quick sizes, but for the CNN, which is the paper's, on fewer images.
+NETS: dict[str, tuple[RunConfig, int, int]] = {
+    name: (RunConfig(experiment=name, device="cpu", learning_rate=rate, rho=0.1, **more), first, every)
+    for name, rate, more, first, every in (
+        ("mnist", 0.3, {}, 200, 25),
+        ("cifar10", 0.003, {"width": 16}, 40, 10),
+        ("shakespeare", 0.1, {}, 60, 10),
+    )
+}
+
+
+def trajectory(name: str, count: int) -> tuple[Experiment, list[tuple[int, Tensor]]]:
+    """The experiment, and ``count`` points (step, parameters) of its training by SAM."""
+    config, first, every = NETS[name]
+    experiment = Experiment(config, config.load_dataset())
+    params, points = experiment.initial_parameters(), []
+    for step in range(first + every * (count - 1) + 1):
+        if step >= first and (step - first) % every == 0:
+            points.append((step, params))
+        params = sam_step(experiment.objective(step).gradient, params, config.learning_rate, config.rho)
+    return experiment, points
+
+
+class PlainLayerNorm(nn.Module):
+    """Layer normalisation in PyTorch's own operations, for tools that need functorch's rules."""
+
+    def __init__(self, layer: models.LayerNorm) -> None:
+        super().__init__()
+        self.weight, self.bias, self.dim = layer.weight, layer.bias, layer.dim
+
+    def forward(self, x: Tensor) -> Tensor:
+        centred = x - x.mean(self.dim, keepdim=True)
+        scaled = centred * (centred.square().mean(self.dim, keepdim=True) + 1e-5).rsqrt()
+        shape = (-1, *[1] * (x.dim() - 1 - self.dim % x.dim()))
+        return scaled * self.weight.view(shape) + self.bias.view(shape)
+
+
+def plain(model: nn.Module) -> nn.Module:
+    """The same network, in place, without functions of our own."""
+    for parent in list(model.modules()):
+        if hasattr(parent, "activation"):
+            parent.activation = nn.GELU(approximate="tanh")
+        for child, layer in parent.named_children():
+            if isinstance(layer, models.LayerNorm):
+                setattr(parent, child, PlainLayerNorm(layer))
+    return model
+
+
+def side_by_side(calls: Mapping[str, Callable[[], Any]], repeats: int = 9) -> dict[str, float]:
+    """Median seconds of each call; the calls take turns, so that a slow moment meets all of them."""
+    seconds: dict[str, list[float]] = {name: [] for name in calls}
+    for call in calls.values():
+        call()
+    for _ in range(repeats):
+        for name, call in calls.items():
+            started = time.perf_counter()
+            call()
+            seconds[name].append(time.perf_counter() - started)
+    return {name: statistics.median(values) for name, values in seconds.items()}
+
+
+def record(name: str, result: dict[str, Any]) -> None:
+    """Write a result, with the machine it was measured on, to ``benchmarks/results/<name>.json``, and print it."""
+    about = {
+        "processor": processor(),
+        "cores": os.cpu_count(),
+        "threads": torch.get_num_threads(),
+        "torch": torch.__version__,
+        "commit": commit(),
+        "load_before": LOAD,
+    }
+    text = json.dumps({"machine": about, **_rounded(result)}, indent=1) + "\n"
+    RESULTS.mkdir(exist_ok=True)
+    (RESULTS / f"{name}.json").write_text(text)
+    print(text)
+
+
+LOAD = os.getloadavg()[0]
+
+
+def _rounded(value: Any) -> Any:
+    if isinstance(value, float):
+        return float(f"{value:.4g}")
+    if isinstance(value, dict):
+        return {k: _rounded(v) for k, v in value.items()}
+    return [_rounded(v) for v in value] if isinstance(value, list | tuple) else value
