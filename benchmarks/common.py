@@ -20,7 +20,7 @@ from samlib.training import commit, processor
 
 RESULTS = Path(__file__).parent / "results"
 
-# Each network at a learning rate and rho at which it meets its edge; from which step on, and how far apart, it is looked
+# Each network at a learning rate and rho at which it meets its edge; from which step on, and how often, it is looked
 # at. The quick sizes, but for the CNN, which is the paper's, on fewer images.
 NETS: dict[str, tuple[RunConfig, int, int]] = {
     name: (RunConfig(experiment=name, device="cpu", learning_rate=rate, rho=0.1, **more), first, every)

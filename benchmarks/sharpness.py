@@ -3,9 +3,9 @@
     python benchmarks/sharpness.py            # ten minutes, on an otherwise idle machine
 
 Every solver looks at the same points of the same networks, in turns, and may start from what it found at the point
-before, where it knows how to. Each has a few settings, from loose to tight. Of those that are right to 1e-3 at nine points
-of ten, the one with the fewest products counts; that rule was fixed before the first run. The truth at each point is
-ARPACK's, converged to 1e-6.
+before, where it knows how to. Each has a few settings, from loose to tight. Of those that are right to 1e-3 at nine
+points of ten, the one with the fewest products counts; that rule was fixed before the first run. The truth at each
+point is ARPACK's, converged to 1e-6.
 """
 
 from __future__ import annotations
