@@ -66,6 +66,8 @@ def plain(model: nn.Module) -> nn.Module:
         for child, layer in parent.named_children():
             if isinstance(layer, models.LayerNorm):
                 setattr(parent, child, PlainLayerNorm(layer))
+            if isinstance(layer, models.MaxPool):
+                setattr(parent, child, nn.MaxPool2d(2))
     return model
 
 

@@ -8,6 +8,7 @@ from typing import TypeVar
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 __all__ = ["CNN", "MLP", "Transformer"]
 
@@ -52,7 +53,7 @@ class CNN(nn.Sequential):
         layers: list[nn.Module] = []
         for after in channels:
             conv = _glorot(nn.Conv2d(before, after, 3, padding="same"))
-            layers += [conv, nn.ReLU(), LayerNorm(after, dim=1), nn.MaxPool2d(2)]
+            layers += [conv, nn.ReLU(), LayerNorm(after, dim=1), MaxPool()]
             before, height, width = after, height // 2, width // 2
         super().__init__(*layers, nn.Flatten(), _glorot(nn.Linear(before * height * width, classes)))
 
@@ -165,6 +166,7 @@ class _NormalizeBackward(torch.autograd.Function):
     @staticmethod
     def forward(ctx, h: Tensor, x: Tensor, xhat: Tensor, r: Tensor, dim: int) -> Tensor:
         # x is an argument only so that autograd asks for the derivative with respect to it.
+        h = _laid_out_as(xhat, h)
         hx = (h * xhat).mean(dim, keepdim=True)
         ctx.save_for_backward(h, xhat, r, hx)
         ctx.dim, ctx.Ph = dim, None
@@ -174,7 +176,7 @@ class _NormalizeBackward(torch.autograd.Function):
     @torch.autograd.function.once_differentiable
     def backward(ctx, u: Tensor):
         h, xhat, r, hx = ctx.saved_tensors
-        dim = ctx.dim
+        dim, u = ctx.dim, _laid_out_as(xhat, u)
         if ctx.Ph is None:  # the same for every product on a retained graph
             ctx.Ph = torch.addcmul(h - h.mean(dim, keepdim=True), xhat, hx, value=-1)
         Ph = ctx.Ph
@@ -183,6 +185,47 @@ class _NormalizeBackward(torch.autograd.Function):
         uPh = (u * Ph).mean(dim, keepdim=True)
         grad_x = torch.addcmul(xhat * uPh, Pu, hx).addcmul_(Ph, ux).mul_(-r * r)
         return Pu.mul_(r), grad_x, None, None, None
+
+
+def _laid_out_as(like: Tensor, x: Tensor) -> Tensor:
+    """x with the strides of another tensor: convolutions return what suits them, and mixed layouts are slow."""
+    return x if x.stride() == like.stride() else torch.empty_like(like).copy_(x)
+
+
+class MaxPool(nn.Module):
+    """2×2 max-pooling whose second derivative keeps the channels last, as PyTorch's own does not."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return _MaxPool.apply(x)
+
+
+class _MaxPool(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x: Tensor) -> Tensor:
+        y, indices = F.max_pool2d_with_indices(x, 2)
+        ctx.save_for_backward(x, indices)
+        return y
+
+    @staticmethod
+    def backward(ctx, h: Tensor):
+        return _MaxPoolBackward.apply(h, *ctx.saved_tensors)
+
+
+class _MaxPoolBackward(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, h: Tensor, x: Tensor, indices: Tensor) -> Tensor:
+        ctx.save_for_backward(indices)
+        options = ([2, 2], [2, 2], [0, 0], [1, 1], False)
+        return torch.ops.aten.max_pool2d_with_indices_backward(h, x, *options, indices)
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, u: Tensor):
+        (indices,) = ctx.saved_tensors
+        # Linear in h, so the derivative is the pooling's own choice of elements; pixels are numbered row by row.
+        u_BSC, i_BSC = (t.permute(0, 2, 3, 1).flatten(1, 2) for t in (u, indices))
+        chosen = u_BSC.gather(1, i_BSC).unflatten(1, indices.shape[2:])
+        return chosen.permute(0, 3, 1, 2), None, None
 
 
 def gelu(x: Tensor) -> Tensor:

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from samlib import HessianOperator, power_iteration, top_eigenpairs
 from samlib.hessian import extreme_eigenpairs, hutchinson_trace, spectral_density
-from samlib.models import LayerNorm
+from samlib.models import LayerNorm, MaxPool
 
 from .conftest import PROBLEMS, problem
 
@@ -96,6 +96,8 @@ def test_agrees_with_curvlinops_and_scipy(name):
         for child, layer in parent.named_children():
             if isinstance(layer, LayerNorm):
                 setattr(parent, child, PlainLayerNorm(layer))
+            if isinstance(layer, MaxPool):
+                setattr(parent, child, torch.nn.MaxPool2d(2))
     loss = torch.nn.CrossEntropyLoss() if name == "transformer" else torch.nn.MSELoss()
 
     class Flat(torch.nn.Module):

@@ -8,7 +8,7 @@ from torch.nn import functional as F
 
 from samlib import CNN, MLP, HessianOperator, Objective, RunConfig, Transformer, top_eigenpairs
 from samlib.experiments import Experiment, cross_entropy, mean_squared_error
-from samlib.models import LayerNorm, _Normalize, gelu
+from samlib.models import LayerNorm, _MaxPool, _Normalize, gelu
 from samlib.objective import flatten_parameters
 
 from .conftest import small_config
@@ -44,6 +44,16 @@ def test_layer_norm_derivatives(dim):
     x = torch.randn(2, 4, 3, dtype=torch.float64, requires_grad=True)
     assert torch.autograd.gradcheck(lambda x: _Normalize.apply(x, dim), (x,))
     assert torch.autograd.gradgradcheck(lambda x: _Normalize.apply(x, dim), (x,))
+
+
+@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
+@pytest.mark.parametrize("size", [4, 5])
+def test_max_pool_is_pytorchs_with_exact_derivatives(layout, size):
+    torch.manual_seed(0)
+    x = torch.randn(2, 3, size, size, dtype=torch.float64).to(memory_format=layout).requires_grad_()
+    torch.testing.assert_close(_MaxPool.apply(x), torch.nn.functional.max_pool2d(x, 2))
+    assert torch.autograd.gradcheck(_MaxPool.apply, (x,))
+    assert torch.autograd.gradgradcheck(_MaxPool.apply, (x,))
 
 
 def test_gelu_is_the_tanh_approximation_with_exact_derivatives():
