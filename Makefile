@@ -2,7 +2,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: book pdf test lint site-test links check setup clean
+.PHONY: book pdf test lint site-test links bench check setup clean
 
 book: setup
 	$(BIN)/samlib book
@@ -27,6 +27,14 @@ site-test: setup
 # The links that lead out of the built book; needs a network.
 links: setup
 	$(BIN)/jupyter-book build _build/stage --path-output _build/links --builder linkcheck
+
+# Measures against other tools, into benchmarks/results/; half an hour on an otherwise idle machine.
+bench: setup book
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable ".[bench]"
+	$(BIN)/python benchmarks/sharpness.py
+	$(BIN)/python benchmarks/costs.py
+	$(BIN)/python benchmarks/site_lcp.py
+	-$(BIN)/python benchmarks/sweep_overhead.py
 
 # All that continuous integration runs, in its order: the browser tests look at the book.
 check:
