@@ -218,7 +218,7 @@ def start_up() -> dict[str, float]:
             taken.append(time.perf_counter() - started)
         return statistics.median(taken)
 
-    plain, ours = seconds("-c", "import torch"), seconds("-c", "import torch, samlib; samlib.train, samlib.SAM")
+    plain, ours = seconds("-c", "import torch"), seconds("-c", "import torch, samlib")
     return {"import_seconds": ours - plain, "help_seconds": seconds("-m", "samlib.cli", "--help")}
 
 
