@@ -65,6 +65,7 @@ def build(root: Path, profile: str = "quick", data: str = "auto") -> Path:
         finally:
             pool.shutdown(cancel_futures=True)
 
+    shutil.rmtree(root / "_build" / "html", ignore_errors=True)  # pages and files of earlier builds
     _jupyter_book(root, "html")
     index = root / "_build" / "html" / "index.html"
     clean_downloads(root, index.parent, names)
