@@ -202,7 +202,7 @@ class MaxPool(nn.Module):
 class _MaxPool(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x: Tensor) -> Tensor:
-        y, indices = F.max_pool2d_with_indices(x, 2)
+        y, indices = F.max_pool2d_with_indices(x, (2, 2))
         ctx.save_for_backward(x, indices)
         return y
 
