@@ -227,7 +227,7 @@ def alignments(runs: Sequence[Run]) -> Figure:
         [run for run in runs if run.config.rho > 0],
         ["grad_alignment", "sam_grad_alignment"],
         name="alignments",
-        ylabel="|cos| with principal eigenvector",
+        ylabel="|cos| with eigenvector",
         log=False,
         alt="Line charts of the alignment of the gradient and of the SAM gradient with the principal eigenvector",
         caption="Alignment with the principal eigenvector. The SAM gradient is the one at the perturbed point.",
