@@ -219,7 +219,12 @@ def start_up() -> dict[str, float]:
         return statistics.median(taken)
 
     plain, ours = seconds("-c", "import torch"), seconds("-c", "import torch, samlib")
-    return {"import_seconds": ours - plain, "help_seconds": seconds("-m", "samlib.cli", "--help")}
+    used = seconds("-c", "import torch, samlib; samlib.train, samlib.SAM")
+    return {
+        "import_seconds": ours - plain,
+        "training_seconds": used - plain,
+        "help_seconds": seconds("-m", "samlib.cli", "--help"),
+    }
 
 
 def scaling() -> dict[str, Any]:
