@@ -11,9 +11,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from samlib import RunConfig, models
+from samlib import RunConfig
 from samlib.experiments import Experiment
 from samlib.optim import sam_step
 from samlib.training import commit, processor
@@ -42,33 +42,6 @@ def trajectory(name: str, count: int) -> tuple[Experiment, list[tuple[int, Tenso
             points.append((step, params))
         params = sam_step(experiment.objective(step).gradient, params, config.learning_rate, config.rho)
     return experiment, points
-
-
-class PlainLayerNorm(nn.Module):
-    """Layer normalisation in PyTorch's own operations, for tools that need functorch's rules."""
-
-    def __init__(self, layer: models.LayerNorm) -> None:
-        super().__init__()
-        self.weight, self.bias, self.dim = layer.weight, layer.bias, layer.dim
-
-    def forward(self, x: Tensor) -> Tensor:
-        centred = x - x.mean(self.dim, keepdim=True)
-        scaled = centred * (centred.square().mean(self.dim, keepdim=True) + 1e-5).rsqrt()
-        shape = (-1, *[1] * (x.dim() - 1 - self.dim % x.dim()))
-        return scaled * self.weight.view(shape) + self.bias.view(shape)
-
-
-def plain(model: nn.Module) -> nn.Module:
-    """The same network, in place, without functions of our own."""
-    for parent in list(model.modules()):
-        if hasattr(parent, "activation"):
-            parent.activation = nn.GELU(approximate="tanh")
-        for child, layer in parent.named_children():
-            if isinstance(layer, models.LayerNorm):
-                setattr(parent, child, PlainLayerNorm(layer))
-            if isinstance(layer, models.MaxPool):
-                setattr(parent, child, nn.MaxPool2d(2))
-    return model
 
 
 def side_by_side(calls: Mapping[str, Callable[[], Any]], repeats: int = 9) -> dict[str, float]:

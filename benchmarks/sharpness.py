@@ -22,11 +22,12 @@ from typing import Any
 import numpy as np
 import scipy.sparse.linalg
 import torch
-from common import NETS, plain, record, trajectory
+from common import NETS, record, trajectory
 from torch import Tensor
 
 from samlib import HessianOperator, Objective, power_iteration
 from samlib.hessian import extreme_eigenpairs
+from samlib.models import plain
 
 ACCURACY = 1e-3
 SHARE = 0.9
@@ -185,7 +186,7 @@ def compare(name: str, count: int) -> dict[str, Any]:
 
 
 def experiment_model(experiment: Any) -> torch.nn.Module:
-    """A second copy of the network, for :func:`plain` to change."""
+    """A second copy of the network, for :func:`samlib.models.plain` to change."""
     return type(experiment)(experiment.config, experiment.dataset).model
 
 

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-__all__ = ["CNN", "MLP", "Transformer"]
+__all__ = ["CNN", "MLP", "Transformer", "plain"]
 
 _Layer = TypeVar("_Layer", nn.Linear, nn.Conv2d)
 
@@ -185,6 +185,35 @@ class _NormalizeBackward(torch.autograd.Function):
         uPh = (u * Ph).mean(dim, keepdim=True)
         grad_x = torch.addcmul(xhat * uPh, Pu, hx).addcmul_(Ph, ux).mul_(-r * r)
         return Pu.mul_(r), grad_x, None, None, None
+
+
+def plain(model: nn.Module) -> nn.Module:
+    """Replace, in place, our own autograd functions in a network by PyTorch's operations, and return it.
+
+    The parameters stay the same objects. For tools that use ``torch.func``, whose transforms our functions have no
+    rules for, and for oracles that must share no derivative with them.
+    """
+    for parent in list(model.modules()):
+        if hasattr(parent, "activation"):
+            parent.activation = nn.GELU(approximate="tanh")
+        for name, layer in parent.named_children():
+            if isinstance(layer, LayerNorm):
+                setattr(parent, name, _PlainLayerNorm(layer))
+            elif isinstance(layer, MaxPool):
+                setattr(parent, name, nn.MaxPool2d(2))
+    return model
+
+
+class _PlainLayerNorm(nn.Module):
+    # Not F.layer_norm: its forward-over-reverse derivative with respect to the weight is wrong in torch 2.13.
+    def __init__(self, layer: LayerNorm) -> None:
+        super().__init__()
+        self.weight, self.bias, self.dim = layer.weight, layer.bias, layer.dim
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = x.movedim(self.dim, -1)
+        x = (x - x.mean(-1, keepdim=True)) / (x.var(-1, keepdim=True, unbiased=False) + 1e-5).sqrt()
+        return (x * self.weight + self.bias).movedim(-1, self.dim)
 
 
 def _laid_out_as(like: Tensor, x: Tensor) -> Tensor:

@@ -1,5 +1,4 @@
 import warnings
-from functools import partial
 
 import numpy as np
 import pytest
@@ -10,7 +9,7 @@ from hypothesis import strategies as st
 
 from samlib import HessianOperator, power_iteration, top_eigenpairs
 from samlib.hessian import extreme_eigenpairs, hutchinson_trace, spectral_density
-from samlib.models import LayerNorm, MaxPool
+from samlib.models import plain
 
 from .conftest import PROBLEMS, problem
 
@@ -68,36 +67,13 @@ def test_agrees_with_a_dense_eigendecomposition_of_small_nets(name, which):
         assert (true_residuals <= result.residuals).all()
 
 
-class PlainLayerNorm(torch.nn.Module):
-    """Layer normalisation in plain operations with the parameters of ours, so that the oracle shares no derivative.
-
-    Not ``F.layer_norm``: its forward-over-reverse derivative with respect to the weight is wrong in torch 2.13.
-    """
-
-    def __init__(self, layer):
-        super().__init__()
-        self.weight, self.bias, self.dim = layer.weight, layer.bias, layer.dim
-
-    def forward(self, x):
-        x = x.movedim(self.dim, -1)
-        x = (x - x.mean(-1, keepdim=True)) / (x.var(-1, keepdim=True, unbiased=False) + 1e-5).sqrt()
-        return (x * self.weight + self.bias).movedim(-1, self.dim)
-
-
 @pytest.mark.parametrize("name", PROBLEMS)
 def test_agrees_with_curvlinops_and_scipy(name):
     from curvlinops import HessianLinearOperator
 
     objective, params = problem(name)
     torch.nn.utils.vector_to_parameters(params, objective.model.parameters())
-    for parent in list(objective.model.modules()):  # our own functions have no rules for functorch
-        if hasattr(parent, "activation"):
-            parent.activation = partial(torch.nn.functional.gelu, approximate="tanh")
-        for child, layer in parent.named_children():
-            if isinstance(layer, LayerNorm):
-                setattr(parent, child, PlainLayerNorm(layer))
-            if isinstance(layer, MaxPool):
-                setattr(parent, child, torch.nn.MaxPool2d(2))
+    plain(objective.model)  # so that the oracle shares no derivative
     loss = torch.nn.CrossEntropyLoss() if name == "transformer" else torch.nn.MSELoss()
 
     class Flat(torch.nn.Module):
