@@ -19,7 +19,7 @@ from IPython.display import HTML
 
 from .claims import last_half
 from .experiments import PROFILES
-from .figures import COLOURS, LABELS, NAMES, command
+from .figures import COLOURS, LABELS, NAMES, changed, command
 from .runs import Run
 
 __all__ = ["MOST_POINTS", "cells", "explore", "groups", "overview", "thin", "trajectories"]
@@ -66,14 +66,13 @@ def groups(experiment: str, runs: Sequence[Run], most: int = MOST_POINTS) -> lis
     """
     found: dict[tuple[int, str], list[Run]] = {}
     for run in runs:
-        changed = command(run).partition(" --set ")[2].replace(" --set ", ", ")
-        found.setdefault((PROFILES.index(run.config.profile), changed), []).append(run)
+        found.setdefault((PROFILES.index(run.config.profile), ", ".join(changed(run))), []).append(run)
     standard = (PROFILES.index("reduced"), "")
     result = []
-    for rank, changed in sorted(found, key=lambda place: (place != standard, place)):
-        members = found[rank, changed]
-        size = ", ".join(filter(None, [PROFILES[rank], changed]))
-        key = experiment if (rank, changed) == standard else f"{experiment}:{size.replace(', ', ':')}"
+    for rank, settings in sorted(found, key=lambda place: (place != standard, place)):
+        members = found[rank, settings]
+        size = ", ".join(filter(None, [PROFILES[rank], settings]))
+        key = experiment if (rank, settings) == standard else f"{experiment}:{size.replace(', ', ':')}"
         label = f"{NAMES[experiment]} ({size})"
         result.append(
             {"key": key, "label": label, "cells": cells(members), "runs": [_plain(run, most) for run in members]}

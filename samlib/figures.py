@@ -33,6 +33,7 @@ __all__ = [
     "alignments",
     "banner",
     "card",
+    "changed",
     "drawing",
     "edge_ratios",
     "eigenvalues",
@@ -134,10 +135,14 @@ def command(run: Run) -> str:
         f"samlib run {config.experiment} --profile {config.profile} --learning-rate {config.learning_rate!r} "
         f"--rho {config.rho!r} --seed {config.seed}"
     )
+    return text + "".join(f" --set {setting}" for setting in changed(run))
+
+
+def changed(run: Run) -> list[str]:
+    """The settings of a run, as "name=value", that differ from those of its profile."""
     named = ("experiment", "profile", "learning_rate", "rho", "seed", "device", "data")
-    usual = RunConfig.model_validate({name: getattr(config, name) for name in named}).model_dump()
-    changed = {name: value for name, value in config.model_dump().items() if value != usual[name]}
-    return text + "".join(f" --set {name}={value}" for name, value in changed.items())
+    usual = RunConfig.model_validate({name: getattr(run.config, name) for name in named}).model_dump()
+    return [f"{name}={value}" for name, value in run.config.model_dump().items() if value != usual[name]]
 
 
 def render(canvas: Canvas, alt: str) -> str:
@@ -162,7 +167,7 @@ def render(canvas: Canvas, alt: str) -> str:
 
 def standard(runs: Sequence[Run], profile: str = "reduced") -> list[Run]:
     """The runs of a profile with its own settings: those that make up the published grid."""
-    return [run for run in runs if run.config.profile == profile and "--set" not in command(run)]
+    return [run for run in runs if run.config.profile == profile and not changed(run)]
 
 
 def with_spectrum(runs: Sequence[Run]) -> list[Run]:
@@ -172,10 +177,9 @@ def with_spectrum(runs: Sequence[Run]) -> list[Run]:
 
 def larger(runs: Sequence[Run]) -> list[Figure]:
     """One figure for each group of runs whose network or data differ from their profile's."""
-    groups: dict[str, list[Run]] = {}
+    groups: dict[tuple[str, ...], list[Run]] = {}
     for run in runs:
-        sizes = command(run).partition(" --set ")[2]
-        if sizes and run.config.eigenvalues == 1:
+        if (sizes := tuple(changed(run))) and run.config.eigenvalues == 1:
             groups.setdefault(sizes, []).append(run)
     return [norms_and_edges(group) for group in groups.values()]
 
@@ -523,7 +527,8 @@ def _where(runs: Sequence[Run]) -> str:
 
 
 def _bands_note(runs: Sequence[Run]) -> str:
-    profile = f" Profile: {', '.join(sorted({run.config.profile for run in runs}))}."
+    scales = sorted({" with ".join(filter(None, [run.config.profile, ", ".join(changed(run))])) for run in runs})
+    profile = f" Profile: {'; '.join(scales)}."
     if any(run.provenance["standin"] for run in runs):
         profile += " <strong>Stand-in data: not a result.</strong>"
     seeds = len({run.config.seed for run in runs})
