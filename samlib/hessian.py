@@ -131,10 +131,10 @@ def top_eigenpairs(
         tol: bound on each residual ‖H v − θ v‖ relative to the largest |θ| found.
         max_matvecs: budget of products.
         generator: source of the random directions; seeded with 0 if not given.
-        explore: with a warm start, steps of a Krylov sequence from the random directions before an answer is
-            believed: eigenvectors orthogonal to ``v0`` cannot be seen otherwise. Fewer are enough where the
-            matrix moves little between calls; each costs as many products as pairs are wanted. With 0, a random
-            direction is only mixed into the last column of ``v0``.
+        explore: steps of a Krylov sequence from the random directions before an answer is believed: an eigenvector
+            that ``v0`` is orthogonal to, or a random start nearly so, cannot be seen otherwise. Fewer are enough
+            where the matrix moves little between calls; each costs as many products as pairs are wanted. With 0, a
+            random direction is only mixed into the last column of ``v0``.
         value_tol: a pair is also good enough once residual²/gap, which estimates the error of its value, is at most
             this, relative to the largest |θ|; the gap is that to the next Ritz value. For callers who want values
             more than vectors: fewer products, and a larger residual, which is reported and still is a bound.
@@ -235,7 +235,7 @@ def _solve(
         else:  # a random direction without a product of its own: in the last vector, which matters least
             noise = start[:, :1] * (0.3 * warm[:, -1:].norm() / start[:, :1].norm())
             start = torch.cat([warm[:, :-1], warm[:, -1:] + noise], 1)
-    left = 0 if v0 is None else explore
+    left = explore
     basis = image = like.new_empty(size, 0)
     matvecs, goal = 0, min(largest or high + low, size)
     limit = min(size, max(MAX_BASIS, 3 * (high + low)))
