@@ -186,12 +186,12 @@ def measuring(rho: float, learning_rate: float) -> float:
     """Time of the measurements over that of the steps, MNIST quick, measured every 25 steps."""
     config = RunConfig(experiment="mnist", device="cpu", learning_rate=learning_rate, rho=rho)
     experiment = Experiment(config, config.load_dataset())
-    objective, params, subspace = experiment.objective(0), experiment.initial_parameters(), None
+    objective, params, model = experiment.objective(0), experiment.initial_parameters(), None
     spent = {"steps": 0.0, "measurements": 0.0}
     for step in range(301):
         started = time.perf_counter()
         if step % 25 == 0:
-            _, subspace = measure(objective, params, config, step, subspace)
+            _, model = measure(objective, params, config, step, model)
             spent["measurements"] += time.perf_counter() - started if step else 0.0
         else:
             params = sam_step(objective.gradient, params, learning_rate, rho)

@@ -42,7 +42,7 @@ def samlib_solver(objective: Objective, params: Tensor, state: Any, value_tol: f
     found = extreme_eigenpairs(
         operator, 1, 1, state, tol=3e-3, value_tol=value_tol, generator=generator, explore=0 if state is not None else 6
     )
-    return float(found.values.abs().max()), found.matvecs, found.subspace
+    return float(found.values.abs().max()), found.matvecs, found.model
 
 
 def reference(objective: Objective, params: Tensor, state: Any, tol: float) -> tuple[float, int, Any]:

@@ -372,9 +372,9 @@ def _time(config: Any, threads: int) -> tuple[float, float]:
     try:
         experiment = Experiment(config, config.load_dataset())
         objective, params = experiment.objective(0), experiment.initial_parameters()
-        _, subspace = measure(objective, params, config, 0)  # the first ones also warm up
+        _, model = measure(objective, params, config, 0)  # the first ones also warm up
         steps = [_seconds(lambda: _update(objective, params, config)) for _ in range(4)][1:]
-        measurements = [_seconds(lambda: measure(objective, params, config, 1, subspace)) for _ in range(2)]
+        measurements = [_seconds(lambda: measure(objective, params, config, 1, model)) for _ in range(2)]
     finally:
         torch.set_num_threads(before)
     return min(steps), min(measurements)

@@ -163,7 +163,7 @@ def _train(
     evaluation = experiment.evaluation_objective()
     state = store.load_checkpoint(run_id, config.device) if store else None
     params = state["params"] if state else experiment.initial_parameters()
-    subspaces: dict[str, Tensor | None] = state["subspaces"] if state else {"": None, "eval_": None}
+    models: dict[str, tuple[Tensor, Tensor] | None] = (state or {}).get("models", {"": None, "eval_": None})
     rows: list[dict[str, float]] = state["rows"] if state else []
     first_step: int = state["step"] if state else 0
     started = time.monotonic() - (state["seconds"] if state else 0.0)
@@ -184,9 +184,9 @@ def _train(
         objective = experiment.objective(step)
         if step % config.measure_every == 0 or step == config.steps:
             try:
-                row, subspaces[""] = measure(objective, params, config, step, subspaces[""])
+                row, models[""] = measure(objective, params, config, step, models[""])
                 if evaluation and step % (EVALUATE_EVERY * config.measure_every) == 0:
-                    wider, subspaces["eval_"] = measure(evaluation, params, config, step, subspaces["eval_"])
+                    wider, models["eval_"] = measure(evaluation, params, config, step, models["eval_"])
                     row |= {f"eval_{name}": value for name, value in wider.items() if name != "step"}
             except FloatingPointError:
                 row = {"step": step, "loss": math.inf}
@@ -212,7 +212,8 @@ def _train(
                 outcome = "diverged"
                 break
         if store and due:
-            state = {"step": step + 1, "params": params, "subspaces": subspaces, "rows": rows}
+            plain = {name: model and tuple(model) for name, model in models.items()}
+            state = {"step": step + 1, "params": params, "models": plain, "rows": rows}
             store.save_checkpoint(run_id, {**state, "seconds": time.monotonic() - started})
             note("checkpoint", run=run_id, step=step + 1)
             saved = time.monotonic()
@@ -242,8 +243,8 @@ def _update(objective: Objective, params: Tensor, config: RunConfig) -> tuple[Te
 
 
 def measure(
-    objective: Objective, params: Tensor, config: RunConfig, step: int, subspace: Tensor | None = None
-) -> tuple[dict[str, float], Tensor]:
+    objective: Objective, params: Tensor, config: RunConfig, step: int, model: tuple[Tensor, Tensor] | None = None
+) -> tuple[dict[str, float], tuple[Tensor, Tensor]]:
     """One measurement: the spectrum's ends, the gradients, and the edges they set.
 
     Args:
@@ -251,10 +252,10 @@ def measure(
         params: w, shape (P,).
         config: gives η, ρ, the number of eigenvalues and the tolerance.
         step: the current step; seeds the solver's random directions.
-        subspace: Ritz vectors of the measurement before.
+        model: low-rank model of the Hessian from the measurement before.
 
     Returns:
-        A row, and the Ritz vectors for the next measurement. Columns: ``step``, ``loss``; ``grad_norm`` ‖∇ℓ(w)‖ and
+        A row, and the model for the next measurement. Columns: ``step``, ``loss``; ``grad_norm`` ‖∇ℓ(w)‖ and
         ``sam_grad_norm`` at the perturbed point; ``eigenvalue_1``…``k``; ``smallest_eigenvalue``
         and its ``smallest_residual`` (loose, where it is not the operator norm); ``operator_norm`` max |λ| with its
         ``residual``, within which an eigenvalue lies, and ``matvecs`` spent; ``gd_edge``,
@@ -267,7 +268,7 @@ def measure(
     operator = HessianOperator(objective, params)
     generator = torch.Generator().manual_seed(config.seed * 1_000_003 + step)
     count = config.eigenvalues
-    eigen = extreme_eigenpairs(operator, count, 1, subspace, config.tolerance, generator=generator, explore=0)
+    eigen = extreme_eigenpairs(operator, count, 1, model, config.tolerance, generator=generator, explore=0)
     grad = operator.gradient
     sam_grad = objective.gradient(sam_perturb(params, grad, config.rho)) if config.rho else grad
     principal = int(eigen.values.abs().argmax())
@@ -296,7 +297,7 @@ def measure(
         "grad_alignment": alignment(grad),
         "sam_grad_alignment": alignment(sam_grad),
     }
-    return row, eigen.subspace
+    return row, eigen.model
 
 
 def _provenance(experiment: Experiment) -> dict[str, Any]:

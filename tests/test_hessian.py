@@ -8,7 +8,7 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from samlib import HessianOperator, power_iteration, top_eigenpairs
-from samlib.hessian import extreme_eigenpairs, hutchinson_trace, spectral_density
+from samlib.hessian import LowRank, extreme_eigenpairs, hutchinson_trace, least_change, spectral_density
 from samlib.models import plain
 
 from .conftest import PROBLEMS, problem
@@ -134,11 +134,82 @@ def test_warm_starts_along_a_moving_matrix(seed, tol, drift):
     generator = torch.Generator().manual_seed(seed)
     matrix = torch.randn(50, 50, dtype=torch.float64, generator=generator)
     matrix = matrix @ matrix.T / 50
-    subspace = None
+    model = None
     for _ in range(5):
-        subspace = check(matrix, 1, "LA", tol, v0=subspace).subspace
+        model = check(matrix, 1, "LA", tol, v0=model).model
         noise = torch.randn(50, 50, dtype=torch.float64, generator=generator)
         matrix = matrix + drift * (noise + noise.T) / 50
+
+
+def low_rank(size, rank, generator):
+    vectors, _ = torch.linalg.qr(torch.randn(size, rank, dtype=torch.float64, generator=generator))
+    return LowRank(
+        vectors, torch.randn(vectors.shape[1], dtype=torch.float64, generator=generator).sort().values.flip(0)
+    )
+
+
+@settings(max_examples=100, deadline=None)
+@given(spectra, st.integers(0, 10), st.sampled_from(ENDS), st.integers(1, 4), st.integers(1, 12))
+def test_a_wrong_model_does_no_harm(values, seed, which, k, rank):
+    """Right or honest, whatever the warm start says of the matrix."""
+    matrix = with_spectrum(values, seed)
+    wrong = low_rank(len(values), rank, torch.Generator().manual_seed(seed + 100))
+    wrong = wrong._replace(values=wrong.values * (1 + matrix.abs().max()))
+    check(matrix, min(k, len(values)), which, v0=wrong)
+
+
+@settings(max_examples=50, deadline=None)
+@given(st.integers(0, 1000), st.integers(1, 8), st.sampled_from([None, 1, 5, 20]))
+def test_the_least_change_that_explains_the_products(seed, columns, rank):
+    """Against the textbook's formula, and as the nearest of all symmetric matrices with the same products."""
+    generator = torch.Generator().manual_seed(seed)
+    matrix = with_spectrum(np.linspace(-1, 2, 30) ** 3, seed)
+    basis = low_rank(30, columns, generator).vectors
+    old = rank and low_rank(30, rank, generator)
+    new = least_change(old, basis, matrix @ basis, lambda count: list(range(count)))
+    found = new.vectors * new.values @ new.vectors.T
+    before = old.vectors * old.values @ old.vectors.T if old else torch.zeros_like(matrix)
+    inside, outside = basis @ basis.T, torch.eye(30).double() - basis @ basis.T
+    expected = inside @ matrix + matrix @ inside - inside @ matrix @ inside + outside @ before @ outside
+    torch.testing.assert_close(found, expected, rtol=0, atol=1e-6)
+    torch.testing.assert_close(found @ basis, matrix @ basis, rtol=0, atol=1e-6)
+    free = torch.randn(30, 30, generator=generator, dtype=torch.float64)
+    another = found + outside @ (free + free.T) @ outside
+    assert (another - before).norm() >= (found - before).norm() - 1e-6
+    assert (new.vectors.T @ new.vectors - torch.eye(len(new.values)).double()).abs().max() < 1e-6
+
+
+@pytest.mark.parametrize("which", ENDS)
+def test_a_model_of_the_matrix_itself_leaves_nothing_to_do(which):
+    matrix = with_spectrum([*np.linspace(-1, 1, 40), 5.0, 4.0, -4.5, -3.0], 0)
+    values, vectors = torch.linalg.eigh(matrix)
+    exact = LowRank(vectors.flip(1), values.flip(0))
+    result = top_eigenpairs(matrix, 2, which, v0=exact, tol=1e-9, explore=0)
+    torch.testing.assert_close(result.values, expected_values(values, 2, which))
+    assert result.matvecs <= 6  # two pairs and a spare, or four for both ends, and what the random direction disturbs
+
+
+def test_a_model_saves_products_along_a_moving_matrix():
+    """Against the same vectors without their values, which cannot precondition; the moves mix close eigenvectors."""
+    generator = torch.Generator().manual_seed(0)
+    values = torch.cat([torch.linspace(1.5, 2, 8), torch.linspace(-0.2, 0.5, 292)]).double()
+    basis, _ = torch.linalg.qr(torch.randn(300, 300, generator=generator, dtype=torch.float64))
+    first = top_eigenpairs(basis @ torch.diag(values) @ basis.T).model
+    spent = {"model": 0, "vectors": 0, "cold": 0}
+    starts = {"model": first, "vectors": first.vectors[:, :2], "cold": None}
+    for _ in range(10):
+        matrix = basis @ torch.diag(values) @ basis.T
+        for kind in spent:
+            result = top_eigenpairs(matrix, v0=starts[kind], tol=1e-3, explore=0)
+            assert result.values[0] == pytest.approx(2, rel=1e-4)
+            spent[kind] += result.matvecs
+            starts[kind] = {"model": result.model, "vectors": result.model.vectors[:, :2], "cold": None}[kind]
+        turn = (
+            torch.eye(300).double() + 0.1 * torch.randn(300, 300, generator=generator, dtype=torch.float64) / 300**0.5
+        )
+        basis, _ = torch.linalg.qr(turn @ basis)
+    assert spent["model"] < 0.9 * spent["vectors"]
+    assert spent["vectors"] < 0.9 * spent["cold"]
 
 
 @pytest.mark.parametrize(
@@ -182,8 +253,8 @@ def test_values_alone_cost_less_and_are_as_close_as_asked(seed, drift):
     saved = 0
     for _ in range(4):
         matrix = basis @ torch.diag(values) @ basis.T
-        loose = top_eigenpairs(matrix, v0=loose and loose.subspace, tol=1e-9, value_tol=1e-4)
-        tight = top_eigenpairs(matrix, v0=tight and tight.subspace, tol=1e-9)
+        loose = top_eigenpairs(matrix, v0=loose and loose.model, tol=1e-9, value_tol=1e-4)
+        tight = top_eigenpairs(matrix, v0=tight and tight.model, tol=1e-9)
         assert loose.converged
         assert abs(loose.values[0] - 2) <= 2e-4
         saved += tight.matvecs - loose.matvecs
@@ -237,7 +308,7 @@ def test_too_few_probes_are_refused(call):
 def test_a_warm_start_saves_products():
     matrix = with_spectrum(np.linspace(0, 1, 300) ** 4, 0)
     cold = top_eigenpairs(matrix, tol=1e-4)
-    warm = top_eigenpairs(matrix + 1e-4 * with_spectrum(np.linspace(-1, 1, 300), 1), tol=1e-4, v0=cold.subspace)
+    warm = top_eigenpairs(matrix + 1e-4 * with_spectrum(np.linspace(-1, 1, 300), 1), tol=1e-4, v0=cold.model)
     assert warm.converged
     assert warm.matvecs < cold.matvecs
 
@@ -301,6 +372,7 @@ def test_a_hessian_that_is_not_finite_is_an_error():
         ({"which": "XX"}, "which must be"),
         ({"tol": 0.0}, "tol must be positive"),
         ({"max_matvecs": 0}, "max_matvecs must be at least 1"),
+        ({"v0": (torch.ones(3, 2), torch.ones(3))}, "one value for each vector"),
     ],
 )
 def test_bad_arguments_are_named(arguments, message):
