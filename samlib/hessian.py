@@ -76,15 +76,16 @@ class HessianOperator:
     def matvec(self, vector: Tensor) -> Tensor:
         """H v for v of shape (P,)."""
         self.matvecs += 1
-        product = torch.zeros_like(vector)
+        product: Tensor | None = None
         gradients = self._gradients or (self._differentiate(loss) for loss in self.objective.chunk_losses(self._params))
         for gradient in gradients:
             # A loss that is linear in w has a gradient without a graph, and no Hessian.
             if gradient.requires_grad:
                 keep = self.objective.retain_graph
                 term = torch.autograd.grad(gradient, self._params, vector, retain_graph=keep, allow_unused=True)[0]
-                product += 0 if term is None else term
-        return product
+                if term is not None:
+                    product = term if product is None else product + term
+        return torch.zeros_like(vector) if product is None else product
 
     __matmul__ = matvec
 
@@ -220,7 +221,10 @@ def _solve(
     value_tol: float,
     largest: int | None = None,
 ) -> EigenResult:
-    """Rayleigh–Ritz on a growing space; ``largest`` wants that many pairs by magnitude, from whichever end."""
+    """Rayleigh–Ritz on a growing space; ``largest`` wants that many pairs by magnitude, from whichever end.
+
+    Vectors are rows in here, so that each lies in one piece in memory.
+    """
     if not tol > 0 or not low_tol > 0:
         raise ValueError(f"tol must be positive, got {min(tol, low_tol)!r}")
     if not value_tol >= 0:
@@ -232,8 +236,8 @@ def _solve(
     like = _like(operator, warm)
     generator = generator or torch.Generator().manual_seed(0)
 
-    def random(columns: int) -> Tensor:
-        return torch.randn(size, columns, generator=generator, dtype=torch.float64).to(like)
+    def random(count: int) -> Tensor:
+        return torch.randn(count, size, generator=generator, dtype=torch.float64).to(like)
 
     # As many starting vectors as wanted pairs: a space grown from one vector sees one copy of a multiple eigenvalue.
     explorers = max(high, low)
@@ -241,46 +245,45 @@ def _solve(
     if warm is not None:
         if warm.shape[0] != size or warm.dim() > 2:
             raise ValueError(f"v0 must have shape ({size},) or ({size}, m), got {tuple(warm.shape)}")
-        warm = warm.reshape(size, -1).to(like)
+        warm = warm.reshape(size, -1).to(like).mT
         if old:
-            if old.values.shape != warm.shape[1:]:
+            if old.values.shape != warm.shape[:1]:
                 raise ValueError(f"a model as v0 needs one value for each vector, got {tuple(old.values.shape)}")
-            old = LowRank(warm, old.values.to(like))
+            old = LowRank(warm.mT, old.values.to(like))
             # The wanted pairs, and where only one end is wanted, one to spare; the largest in magnitude first.
             chosen = _nearest(len(old.values), high, low, high + low + (not high or not low))
-            warm = warm[:, sorted(chosen, key=lambda i: -abs(float(old.values[i])))]
-        if explore:
-            start = torch.cat([warm, start], 1)
-        else:  # a random direction without a product of its own: in the last vector, which matters least
-            noise = start[:, :1] * (0.3 * warm[:, -1:].norm() / start[:, :1].norm())
-            start = torch.cat([warm[:, :-1], warm[:, -1:] + noise], 1)
+            warm = warm[sorted(chosen, key=old.values.abs().tolist().__getitem__, reverse=True)]
+        if not explore:  # a random direction without a product of its own: in the last vector, which matters least
+            noise = start[:1] * (0.3 * warm[-1].norm() / start[0].norm())
+            warm, start = warm[:-1], warm[-1:] + noise
+        start = torch.cat([warm, start])
     left, preconditioner = explore, old
-    basis = image = like.new_empty(size, 0)
+    basis = image = like.new_empty(0, size)
     matvecs, goal = 0, min(largest or high + low, size)
     limit = min(size, max(MAX_BASIS, 3 * (high + low)))
     while True:
-        fresh = _orthonormal_addition(basis, start, random, limit)[:, : max_matvecs - matvecs]
-        image = torch.cat([image, *((operator @ v)[:, None] for v in fresh.unbind(1))], 1)
-        basis = torch.cat([basis, fresh], 1)
-        matvecs += fresh.shape[1]
+        count = len(basis)
+        basis = _with_orthonormal(basis, start, random, limit)[: count + max_matvecs - matvecs]
+        image = torch.cat([image, *((operator @ v)[None] for v in basis[count:])])
+        matvecs += len(basis) - count
 
-        projected = (basis.mT @ image).double().cpu()
+        projected = (basis @ image.mT).double().cpu()
         norm = projected.abs().max()
         if not bool(norm.isfinite()):
             raise FloatingPointError("the operator returned a vector that is not finite")
         theta, rotation = torch.linalg.eigh((projected + projected.mT) / 2)
-        theta, rotation = theta.flip(0), rotation.flip(1).to(like)  # largest first
+        theta, rotation = theta.flip(0), rotation.mT.flip(0).to(like)  # largest first
         norm, count = theta.abs().max(), len(theta)
         if largest is None:
             wanted = _ends(count, high, low)
         else:
             wanted = sorted(theta.abs().argsort(descending=True)[:largest].tolist())
-        vectors = basis @ rotation[:, wanted]
-        gaps = image @ rotation[:, wanted] - vectors * theta[wanted].to(like)
+        vectors = rotation[wanted] @ basis
+        gaps = rotation[wanted] @ image - theta[wanted, None].to(like) * vectors
         # Rounding can hide in a residual that is computed from rotated images.
         rounding = 8 * count**0.5 * torch.finfo(like.dtype).eps * norm
         unit = norm.clamp_min(torch.finfo(torch.float64).tiny)  # squares of very large or small numbers leave float64
-        residuals = (gaps.double() / unit.to(gaps.device)).norm(dim=0).cpu() * unit + rounding
+        residuals = (gaps.double() / unit.to(gaps.device)).norm(dim=1).cpu() * unit + rounding
         # Whichever pair carries the operator norm has the tight tolerance, at either end.
         tight = [i < high or largest or bool(theta[i].abs() == norm) for i in wanted]
         tolerance = torch.tensor([tol if t else low_tol for t in tight], dtype=torch.float64) * norm
@@ -291,16 +294,16 @@ def _solve(
         done = count >= goal and len(open_pairs) == 0 and (left == 0 or count == size)
         if done or matvecs >= max_matvecs or count == size:
             break
-        start = gaps[:, open_pairs] if len(open_pairs) or count >= goal else random(1)
+        start = gaps[open_pairs] if len(open_pairs) or count >= goal else random(1)
         if preconditioner and len(open_pairs):
             chosen = [wanted[i] for i in open_pairs]
             upper = [i < high if largest is None else float(theta[i]) > 0 for i in chosen]
             start = _correction(start, theta[chosen].to(like), upper, preconditioner, CLOSEST * float(norm))
         if left:
-            start, left = torch.cat([start, image[:, -explorers:]], 1), left - 1
-        if count + start.shape[1] > limit:
-            keep = rotation[:, _nearest(count, high, low, limit // 2)]
-            basis, image = basis @ keep, image @ keep
+            start, left = torch.cat([start, image[-explorers:]]), left - 1
+        if count + len(start) > limit:
+            keep = rotation[_nearest(count, high, low, limit // 2)]
+            basis, image = keep @ basis, keep @ image
             preconditioner = None  # it has led to its own vectors by now
 
     if not done:
@@ -310,8 +313,8 @@ def _solve(
             RuntimeWarning,
             stacklevel=3,
         )
-    model = least_change(old, basis, image, lambda count: _nearest(count, high, low, max(RANK, goal + 1)))
-    return EigenResult(theta[wanted].to(like), vectors, residuals.to(like), matvecs, done, model)
+    model = least_change(old, basis.mT, image.mT, lambda count: _nearest(count, high, low, max(RANK, goal + 1)))
+    return EigenResult(theta[wanted].to(like), vectors.mT, residuals.to(like), matvecs, done, model)
 
 
 def _correction(residuals: Tensor, theta: Tensor, upper: list[bool], model: LowRank, closest: float) -> Tensor:
@@ -319,10 +322,10 @@ def _correction(residuals: Tensor, theta: Tensor, upper: list[bool], model: LowR
     vectors mix the more, the nearer their values are. A pair at the upper end is taken to lie above the model's values
     by the distance ``closest`` at least, one at the lower end below them: the model is of yesterday.
     """
-    distance = theta - model.values[:, None]
-    above = torch.tensor(upper, device=theta.device)
+    distance = theta[:, None] - model.values
+    above = torch.tensor(upper, device=theta.device)[:, None]
     distance = torch.where(above, distance.clamp_min(closest), distance.clamp_max(-closest))
-    return residuals + model.vectors @ (model.values[:, None] / distance * (model.vectors.mT @ residuals))
+    return residuals + (residuals @ model.vectors) * (model.values / distance) @ model.vectors.mT
 
 
 def least_change(model: LowRank | None, basis: Tensor, image: Tensor, keep: Callable[[int], list[int]]) -> LowRank:
@@ -339,29 +342,30 @@ def least_change(model: LowRank | None, basis: Tensor, image: Tensor, keep: Call
     Source: Powell's symmetric Broyden update (1970), for several vectors at once.
     """
     scale = image.abs().max().clamp_min(torch.finfo(image.dtype).tiny)  # squares of large numbers overflow
-    beside = image / scale if model is None else torch.cat([image / scale, model.vectors], 1)
-    inner = basis.mT @ beside
-    beside = beside - basis @ inner
+    rows, count = basis.mT, basis.shape[1]  # rows, as in the solver
+    beside = torch.cat([image.mT, *([] if model is None else [model.vectors.mT])])
+    beside[:count] /= scale
+    inner = beside @ basis
+    beside.addmm_(inner, rows, alpha=-1)
     # Everything else happens in coordinates: V, and an orthonormal basis of what lies beside it.
-    gram, inner = (beside.mT @ beside).double().cpu(), inner.double().cpu()
-    count = basis.shape[1]
+    gram, inner = (beside @ beside.mT).double().cpu(), inner.double().cpu()
     unit = gram.diagonal().sqrt().clamp_min(1000 * torch.finfo(image.dtype).eps)
     lengths, turned = torch.linalg.eigh(gram / unit / unit[:, None])
     seen = lengths > 1e-5  # what is shorter is rounding
-    whiten = turned[:, seen] / lengths[seen].sqrt() / unit[:, None]
-    across = whiten.mT @ gram  # of the orthonormal basis with every column beside V
+    whiten = (turned[:, seen] / lengths[seen].sqrt()).mT / unit
+    across = whiten @ gram  # of the orthonormal basis with every vector beside V
     matrix = torch.zeros(count + len(across), count + len(across), dtype=torch.float64)
-    matrix[:count, :count] = inner[:, :count]
+    matrix[:count, :count] = inner[:count]
     matrix[count:, :count] = across[:, :count]
     if model is not None:
         old = across[:, count:]
         matrix[count:, count:] = old * (model.values / scale).double().cpu() @ old.mT
     values, vectors = torch.linalg.eigh(matrix)  # of the lower triangle
-    values, vectors = values.flip(0), vectors.flip(1)
+    values, vectors = values.flip(0), vectors.mT.flip(0)
     kept = keep(len(values))
-    vectors = vectors[:, kept].to(basis)
-    vectors = basis @ vectors[:count] + beside @ (whiten.to(basis) @ vectors[count:])
-    return LowRank(vectors, values[kept].to(basis) * scale)
+    vectors = vectors[kept]
+    found = (vectors[:, :count].to(basis) @ rows).addmm_((vectors[:, count:] @ whiten).to(basis), beside)
+    return LowRank(found.mT, values[kept].to(basis) * scale)
 
 
 def _gaps(theta: Tensor) -> Tensor:
@@ -382,26 +386,24 @@ def _nearest(count: int, high: int, low: int, room: int) -> list[int]:
     return _ends(count, high + spare, low) if high >= low else _ends(count, high, low + spare)
 
 
-def _orthonormal_addition(basis: Tensor, start: Tensor, random: Callable[[int], Tensor], limit: int) -> Tensor:
-    """Orthonormal columns spanning ``start`` outside ``basis``; dependent columns are replaced by random ones."""
-    columns: list[Tensor] = []
-    for column in start.unbind(1):
-        if basis.shape[1] + len(columns) >= limit:
+def _with_orthonormal(basis: Tensor, start: Tensor, random: Callable[[int], Tensor], limit: int) -> Tensor:
+    """The basis and orthonormal rows that span ``start`` beside it; dependent rows are replaced by random ones."""
+    for row in start:
+        if len(basis) >= limit:
             break
-        space = torch.cat([basis, *(c[:, None] for c in columns)], 1)
         for attempt in range(4):
-            vector = column if attempt == 0 else random(1)[:, 0]
+            vector = row if attempt == 0 else random(1)[0]
             length = vector.abs().max()
             vector = vector / length
             vector = vector / vector.norm()
             for _ in range(2):  # twice is enough (Kahan, Parlett)
-                vector = vector - space @ (space.mT @ vector)
+                vector = vector - (basis @ vector) @ basis
                 kept = vector.norm()
                 vector = vector / kept
             if length > 0 and bool(kept > 0.5):  # so the second sweep removed only rounding
-                columns.append(vector)
+                basis = torch.cat([basis, vector[None]])
                 break
-    return torch.stack(columns, 1) if columns else start.new_empty(len(start), 0)
+    return basis
 
 
 def _like(operator: SymmetricOperator, v0: Tensor | None) -> Tensor:
