@@ -44,13 +44,14 @@ def trajectory(name: str, count: int) -> tuple[Experiment, list[tuple[int, Tenso
     return experiment, points
 
 
-def side_by_side(calls: Mapping[str, Callable[[], Any]], repeats: int = 9) -> dict[str, float]:
-    """Median seconds of each call; the calls take turns, so that a slow moment meets all of them."""
+def side_by_side(calls: Mapping[str, Callable[[], Any]], repeats: int = 15) -> dict[str, float]:
+    """Median seconds of each call. The calls take turns, so that a slow moment meets all of them, and each is made
+    twice and timed the second time, so that none pays for the memory that the one before it gave back.
+    """
     seconds: dict[str, list[float]] = {name: [] for name in calls}
-    for call in calls.values():
-        call()
     for _ in range(repeats):
         for name, call in calls.items():
+            call()
             started = time.perf_counter()
             call()
             seconds[name].append(time.perf_counter() - started)
