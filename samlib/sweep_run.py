@@ -60,7 +60,8 @@ class Local:
     def __init__(self, jobs: int | None = None) -> None:
         devices = gpus()
         self.jobs = jobs or len(devices) or 1
-        threads = str(max(1, cores() // self.jobs))
+        # Whoever sets OMP_NUM_THREADS means all of them: MKL would go by its own variable first.
+        threads = os.environ.get("OMP_NUM_THREADS", str(max(1, cores() // self.jobs)))
         shared = {name: os.environ.get(name, threads) for name in _THREADS}
         self._slots = [
             shared | ({"CUDA_VISIBLE_DEVICES": devices[slot % len(devices)]} if devices else {})

@@ -469,12 +469,17 @@ def test_gpus_and_cores_are_shared_out(monkeypatch):
         monkeypatch.setenv("CUDA_VISIBLE_DEVICES", visible)
         assert sweep_run.gpus() == expected
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "3,5")
-    monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
+    for name in sweep_run._THREADS:
+        monkeypatch.delenv(name, raising=False)
     monkeypatch.setattr(sweep_run, "cores", lambda: 8)
     engine = sweep_run.Local()
     assert engine.jobs == 2
     assert [slot["CUDA_VISIBLE_DEVICES"] for slot in engine._slots] == ["3", "5"]
     assert {slot["OMP_NUM_THREADS"] for slot in engine._slots} == {"4"}
+    engine.close()
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")  # the user's own wish, which MKL's variable must not overrule
+    engine = sweep_run.Local()
+    assert {slot[name] for slot in engine._slots for name in sweep_run._THREADS} == {"1"}
     engine.close()
 
 
