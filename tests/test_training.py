@@ -285,6 +285,40 @@ def test_the_trajectory_is_the_recorded_one():
         np.testing.assert_allclose(run.measurements[name], expected, rtol=1e-6, err_msg=name)
 
 
+DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)]
+NETWORKS = {
+    "mlp": small_config,
+    "cnn": lambda **more: small_config(experiment="cifar10", learning_rate=0.02, width=4, examples=30, **more),
+    "transformer": small_language_config,
+}
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("network", NETWORKS)
+def test_float32_sees_the_sharpness_of_float64(network, device):
+    """At ten points of a trajectory, each from its own precision's measurement before, as in training."""
+    config = NETWORKS[network](dtype="float64", tolerance=1e-6)
+    exact = Experiment(config, config.load_dataset())
+    rough = Experiment(NETWORKS[network](dtype="float32", device=device), config.load_dataset())
+    params, models = exact.initial_parameters(), [None, None]
+    for step in range(50):
+        if step % 5 == 0:
+            pair = []
+            for i, experiment in enumerate((exact, rough)):
+                w = params.to(rough.initial_parameters()) if experiment is rough else params
+                row, models[i] = training.measure(experiment.objective(step), w, experiment.config, step, models[i])
+                pair.append(row["operator_norm"])
+            assert pair[1] == pytest.approx(pair[0], rel=1e-3)
+        params = sam_step(exact.objective(step).gradient, params, config.learning_rate, config.rho)
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("network", NETWORKS)
+def test_a_run_repeats_bit_for_bit_on_its_device(network, device):
+    first, second = (train(NETWORKS[network](device=device, steps=10)) for _ in range(2))
+    pd.testing.assert_frame_equal(values(first), values(second), check_exact=True)
+
+
 @pytest.mark.gpu
 def test_gpu_agrees_with_cpu():
     cpu, gpu = (train(small_config(device=d, dtype="float64", steps=10)) for d in ("cpu", "cuda"))
