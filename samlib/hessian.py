@@ -351,7 +351,8 @@ def least_change(model: LowRank | None, basis: Tensor, image: Tensor, keep: Call
     gram, inner = (beside @ beside.mT).double().cpu(), inner.double().cpu()
     unit = gram.diagonal().sqrt().clamp_min(1000 * torch.finfo(image.dtype).eps)
     lengths, turned = torch.linalg.eigh(gram / unit / unit[:, None])
-    seen = lengths > 1e-5  # what is shorter is rounding
+    # Squares of lengths: dropping one costs its root, keeping it eps/length² of orthogonality; here they are equal.
+    seen = lengths > torch.finfo(image.dtype).eps ** (2 / 3)
     whiten = (turned[:, seen] / lengths[seen].sqrt()).mT / unit
     across = whiten @ gram  # of the orthonormal basis with every vector beside V
     matrix = torch.zeros(count + len(across), count + len(across), dtype=torch.float64)
