@@ -2,7 +2,7 @@
 
 The site asks nothing of any other host, so MathJax is copied into it: the one component in use and its fonts, from the
 package ``sphinx-mathjax-offline`` (which as an extension would copy all of MathJax, 25 MB). When the pages are written,
-they are searched for faults that Sphinx does not see.
+they are searched for faults that Sphinx does not see. The site's own address gets a page that leads to the first one.
 """
 
 from __future__ import annotations
@@ -24,6 +24,7 @@ def setup(app: Any) -> dict[str, bool]:
     """Register with Sphinx."""
     app.config.mathjax_path = f"mathjax/{MATHJAX[0]}"
     app.connect("html-page-context", _mend, priority=1000)
+    app.connect("build-finished", _lead_in, priority=100)  # before the table of contents writes a page of its own
     app.connect("build-finished", _finish)
     return {"parallel_read_safe": True, "parallel_write_safe": True}
 
@@ -78,6 +79,29 @@ def _mend(app: Any, pagename: str, templatename: str, context: dict[str, Any], d
     context["script_files"] = [s for s in scripts if "thebe" not in f"{s} {getattr(s, 'attributes', '')}".lower()]
     # The items of a list of references have a role that ARIA has withdrawn, so screen readers find the list empty.
     context["body"] = context.get("body", "").replace('role="doc-biblioentry"', 'role="listitem"')
+
+
+def _lead_in(app: Any, error: Exception | None) -> None:
+    """Write the page at the site's own address: it leads to the first page, and is announced elsewhere as that one is.
+
+    An icon of its own, an empty one, or a browser asks the server for one at the usual place, where there is none.
+    """
+    if error or app.builder.name != "html":
+        return
+    first, folder = f"{app.config.master_doc}.html", Path(app.outdir)
+    head = BeautifulSoup((folder / first).read_text(), "html.parser").head
+    assert head is not None
+    about = "\n".join(map(str, head.select("title, meta[charset], meta[name=description], meta[property]")))
+    (folder / "index.html").write_text(f"""<!DOCTYPE html>
+<html lang="en">
+<head>
+{about}
+<link rel="icon" href="data:,">
+<meta http-equiv="refresh" content="0; url={first}">
+</head>
+<body><p><a href="{first}">To the first page</a></p></body>
+</html>
+""")
 
 
 def _finish(app: Any, error: Exception | None) -> None:

@@ -6,6 +6,7 @@
 from importlib.util import find_spec
 
 import pytest
+from bs4 import BeautifulSoup
 
 from samlib.browser import chromium, launch, serve, settle
 
@@ -120,6 +121,16 @@ def test_the_address_of_the_site_leads_to_its_first_page(visit, origin):
     page = visit(f"{origin}/index.html")
     page.wait_for_url("**/book/index.html")
     assert page.errors == []
+
+
+def test_the_address_of_the_site_is_announced_as_its_first_page_and_asks_for_no_icon():
+    texts = [(SITE / name).read_text() for name in ("index.html", "book/index.html")]
+    front, first = (BeautifulSoup(text, "html.parser") for text in texts)
+    assert front.select_one("link[rel=icon]")["href"].startswith("data:")  # else browsers ask for /favicon.ico
+    assert front.title == first.title
+    cards = [page.select("meta[property^='og:']") for page in (front, first)]
+    assert cards[0]
+    assert cards[0] == cards[1]
 
 
 def test_the_site_and_its_pages_are_light():
