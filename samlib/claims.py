@@ -18,7 +18,8 @@ from typing import Literal
 import numpy as np
 import pandas as pd
 
-from .figures import NAMES, standard
+from .experiments import PROFILES
+from .figures import NAMES, leading, standard
 from .runs import Run, atomic_write, published_path, published_runs
 
 __all__ = [
@@ -73,6 +74,8 @@ class Verdict:
 
     Attributes:
         claim, experiment: which.
+        profile: of the runs.
+        leading: whether this profile speaks for the experiment, see :func:`samlib.figures.leading`.
         outcome: "reproduced", "partly", "not reproduced", or "not recorded" if no published run bears on it.
         value: median of the statistic over runs, with ``low`` and ``high``, a 95 % bootstrap interval.
         supporting: runs that support the claim, of ``total``.
@@ -81,6 +84,8 @@ class Verdict:
 
     claim: Claim
     experiment: str
+    profile: str
+    leading: bool
     outcome: Outcome
     value: float
     low: float
@@ -228,8 +233,11 @@ CLAIMS: tuple[Claim, ...] = (
 )
 
 
-def evaluate(runs: Sequence[Run], claim: Claim, experiment: str, draws: int = 2000) -> Verdict:
-    """The verdict of some runs of one experiment on a claim."""
+def evaluate(
+    runs: Sequence[Run], claim: Claim, experiment: str, profile: str = "reduced", leads: bool = True, draws: int = 2000
+) -> Verdict:
+    """The verdict of some runs of one experiment and profile on a claim."""
+    about = (claim, experiment, profile, leads)
     rows = []
     for run in runs:
         numbers = claim.measure(run, runs)
@@ -238,7 +246,7 @@ def evaluate(runs: Sequence[Run], claim: Claim, experiment: str, draws: int = 20
             rows.append({"run_id": run.id, **where, **numbers, "supports": claim.supports(numbers)})
     details = pd.DataFrame(rows)
     if details.empty:
-        return Verdict(claim, experiment, "not recorded", np.nan, np.nan, np.nan, 0, 0, details)
+        return Verdict(*about, "not recorded", np.nan, np.nan, np.nan, 0, 0, details)
     supporting, total = int(details.supports.sum()), len(details)
     share = supporting / total
     outcome: Outcome = "reproduced" if share >= 0.8 else "partly" if share >= 0.4 else "not reproduced"
@@ -252,13 +260,22 @@ def evaluate(runs: Sequence[Run], claim: Claim, experiment: str, draws: int = 20
 
     low, high = np.percentile([draw() for _ in range(draws)], [2.5, 97.5])
     value = float(details[statistic].median())
-    return Verdict(claim, experiment, outcome, value, float(low), float(high), supporting, total, details)
+    return Verdict(*about, outcome, value, float(low), float(high), supporting, total, details)
 
 
-def verdicts(folder: Path | None = None, profile: str = "reduced") -> list[Verdict]:
-    """All verdicts from the published runs of a profile, in the order of the claims."""
-    published = {name: standard(published_runs(name, folder), profile) for name in _ALL}
-    return [evaluate(published[name], claim, name) for claim in CLAIMS for name in claim.experiments]
+def verdicts(folder: Path | None = None) -> list[Verdict]:
+    """All verdicts from the published runs, in the order of the claims: for each experiment that of the leading
+    profile, then those of the others that have runs on the claim."""
+    published = {name: published_runs(name, folder) for name in _ALL}
+    results = []
+    for claim in CLAIMS:
+        for name in claim.experiments:
+            leads = leading(published[name])
+            for profile in (leads, *(p for p in reversed(PROFILES) if p not in (leads, "quick"))):
+                verdict = evaluate(standard(published[name], profile), claim, name, profile, profile == leads)
+                if verdict.leading or verdict.total:
+                    results.append(verdict)
+    return results
 
 
 def table(results: Sequence[Verdict]) -> pd.DataFrame:
@@ -267,6 +284,7 @@ def table(results: Sequence[Verdict]) -> pd.DataFrame:
         {
             "claim": [v.claim.text for v in results],
             "experiment": [v.experiment for v in results],
+            "profile": [v.profile for v in results],
             "statistic": [f"{v.value:.3g} [{v.low:.3g}, {v.high:.3g}]" if v.total else "–" for v in results],
             "threshold": [v.claim.threshold for v in results],
             "supporting runs": [f"{v.supporting} of {v.total}" for v in results],
@@ -276,10 +294,11 @@ def table(results: Sequence[Verdict]) -> pd.DataFrame:
 
 
 def summary(results: Sequence[Verdict]) -> pd.DataFrame:
-    """One row per claim, one column per experiment: verdict and supporting runs."""
+    """One row per claim, one column per experiment: verdict and supporting runs of the leading profile."""
     cells = {
         (v.claim.text, NAMES[v.experiment]): f"{v.outcome} ({v.supporting}/{v.total})" if v.total else v.outcome
         for v in results
+        if v.leading
     }
     names = [NAMES[name] for name in _ALL]
     rows = [{"claim": c.text, **{name: cells.get((c.text, name), "–") for name in names}} for c in CLAIMS]
@@ -308,4 +327,6 @@ def _record_path(folder: Path | None) -> Path:
 
 
 def _summary(results: Sequence[Verdict]) -> dict[str, str]:
-    return {f"{v.claim.key}/{v.experiment}": f"{v.outcome} ({v.supporting} of {v.total} runs)" for v in results}
+    return {
+        f"{v.claim.key}/{v.experiment}/{v.profile}": f"{v.outcome} ({v.supporting} of {v.total} runs)" for v in results
+    }

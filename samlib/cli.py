@@ -112,24 +112,22 @@ def data(policy: Annotated[str, typer.Option(help="auto or real.")] = "real") ->
 @app.command()
 def claims(
     published: Annotated[Path | None, typer.Option(help="Folder of published runs.")] = None,
-    profile: Annotated[str, typer.Option(help="Which published runs to judge.")] = "reduced",
     update: Annotated[bool, typer.Option("--update", help="Write the verdicts down as the recorded ones.")] = False,
 ) -> None:
     """Judge the paper's claims by the published runs; fail if a recorded verdict no longer matches its data."""
     from .claims import agrees_with_record, record, table, verdicts
-    from .experiments import PROFILES
     from .runs import StoreError
 
-    if profile not in PROFILES:
-        _invalid(f"--profile must be one of {', '.join(PROFILES)}, got {profile!r}")
     if published and not published.is_dir():
         _invalid(f"--published {published} is not a folder")
     try:
-        results = verdicts(published, profile)
+        results = verdicts(published)
     except StoreError as error:
         _fail(str(error), 1)
     for row in table(results).itertuples(index=False):
-        print(f"{row[5]:15} {row[1]:12} {row[0]}\n{'':28} {row[2]}, wanted {row[3]}; {row[4]} runs support it")
+        claim, experiment, profile, statistic, threshold, supporting, verdict = row
+        print(f"{verdict:15} {experiment:12} {profile:8} {claim}")
+        print(f"{'':37} {statistic}, wanted {threshold}; {supporting} runs support it")
     if update:
         record(results, published)
     elif differences := agrees_with_record(results, published):

@@ -19,7 +19,7 @@ from IPython.display import HTML
 
 from .claims import last_half
 from .experiments import PROFILES
-from .figures import COLOURS, LABELS, NAMES, changed, command
+from .figures import COLOURS, LABELS, NAMES, changed, command, leading
 from .runs import Run
 
 __all__ = ["MOST_POINTS", "cells", "explore", "groups", "overview", "thin", "trajectories"]
@@ -67,7 +67,7 @@ def groups(experiment: str, runs: Sequence[Run], most: int = MOST_POINTS) -> lis
     found: dict[tuple[int, str], list[Run]] = {}
     for run in runs:
         found.setdefault((PROFILES.index(run.config.profile), ", ".join(changed(run))), []).append(run)
-    standard = (PROFILES.index("reduced"), "")
+    standard = (PROFILES.index(leading(runs)), "")
     result = []
     for rank, settings in sorted(found, key=lambda place: (place != standard, place)):
         members = found[rank, settings]

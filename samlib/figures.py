@@ -10,7 +10,8 @@ import base64
 import html
 import io
 import re
-from collections.abc import Callable, Sequence
+from collections import Counter
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -32,6 +33,7 @@ __all__ = [
     "Figure",
     "alignments",
     "banner",
+    "beside",
     "card",
     "changed",
     "drawing",
@@ -40,12 +42,13 @@ __all__ = [
     "evaluation",
     "final_table",
     "headline",
-    "larger",
+    "leading",
     "losses",
     "norms_and_edges",
     "render",
     "standard",
     "tidy",
+    "typical",
     "with_spectrum",
 ]
 
@@ -165,9 +168,30 @@ def render(canvas: Canvas, alt: str) -> str:
     return re.sub(r"\n\s*", "\n", head + svg[opening.end() :])
 
 
-def standard(runs: Sequence[Run], profile: str = "reduced") -> list[Run]:
-    """The runs of a profile with its own settings: those that make up the published grid."""
-    return [run for run in runs if run.config.profile == profile and not changed(run)]
+def standard(runs: Sequence[Run], profile: str | None = None) -> list[Run]:
+    """The runs of a profile, by default the leading one, with its own settings: those that make up the published grid.
+
+    Of a setting recorded on two kinds of device, the one on which more was recorded counts.
+    """
+    chosen = [run for run in runs if run.config.profile == (profile or leading(runs)) and not changed(run)]
+    recorded = Counter(run.config.device for run in chosen)
+    chosen.sort(key=lambda run: recorded[run.config.device])
+    return _sorted({(run.config.learning_rate, run.config.rho, run.config.seed): run for run in chosen}.values())
+
+
+def leading(runs: Sequence[Run]) -> str:
+    """The profile that speaks for an experiment: the paper's, once a whole grid of it is published; else "reduced"."""
+    grid = {(run.config.learning_rate, run.config.rho) for run in standard(runs, "paper")}
+    rates, rhos = ({point[axis] for point in grid} for axis in (0, 1))
+    whole = len(rates) >= 3 and len(rhos) >= 4 and 0.0 in rhos and len(grid) == len(rates) * len(rhos)
+    return "paper" if whole else "reduced"
+
+
+def typical(runs: Sequence[Run]) -> Run | None:
+    """The run that tells the story: SAM at η = 0.3 and ρ = 0.1, or the standard run nearest to that; None of none."""
+    done = [run for run in standard(runs) if run.config.rho and run.outcome == "finished"]
+    distance = [(abs(r.config.learning_rate - 0.3), abs(r.config.rho - 0.1), r.config.seed) for r in done]
+    return done[distance.index(min(distance))] if done else None
 
 
 def with_spectrum(runs: Sequence[Run]) -> list[Run]:
@@ -175,13 +199,14 @@ def with_spectrum(runs: Sequence[Run]) -> list[Run]:
     return [run for run in runs if run.config.eigenvalues > 1]
 
 
-def larger(runs: Sequence[Run]) -> list[Figure]:
-    """One figure for each group of runs whose network or data differ from their profile's."""
+def beside(runs: Sequence[Run]) -> list[Figure]:
+    """What is published beside the leading grid: one figure for each group of runs of another profile or size."""
     groups: dict[tuple[str, ...], list[Run]] = {}
     for run in runs:
-        if (sizes := tuple(changed(run))) and run.config.eigenvalues == 1:
-            groups.setdefault(sizes, []).append(run)
-    return [norms_and_edges(group) for group in groups.values()]
+        place = (run.config.profile, *changed(run))
+        if place != (leading(runs),) and run.config.eigenvalues == 1:
+            groups.setdefault(place, []).append(run)
+    return [norms_and_edges(groups[place]) for place in sorted(groups)]
 
 
 def banner(*groups: Sequence[Run]) -> HTML:
@@ -508,7 +533,7 @@ def _plain_log(axis: Axes) -> None:
     axis.yaxis.set_minor_formatter(mpl.ticker.NullFormatter())
 
 
-def _sorted(runs: Sequence[Run]) -> list[Run]:
+def _sorted(runs: Iterable[Run]) -> list[Run]:
     return sorted(runs, key=lambda run: (run.config.learning_rate, run.config.rho, run.config.seed))
 
 

@@ -16,8 +16,8 @@ from typing import Any
 
 import nbformat
 
-from .figures import card, standard
-from .runs import Run, published_runs
+from .figures import card, typical
+from .runs import published_runs
 
 __all__ = ["clean_downloads", "configure", "files_of_data", "stage_card"]
 
@@ -58,7 +58,7 @@ def clean_downloads(root: Path, site: Path, names: list[str]) -> None:
 def stage_card(stage: Path, title: str) -> None:
     """Put into a staged book the picture by which other sites announce a link to it."""
     (stage / EXTRA).mkdir(exist_ok=True)
-    (stage / EXTRA / "card.png").write_bytes(card(_headline_run(), title))
+    (stage / EXTRA / "card.png").write_bytes(card(typical(published_runs("mnist")), title))
 
 
 def files_of_data(stage: Path, name: str) -> None:
@@ -88,10 +88,3 @@ def files_of_data(stage: Path, name: str) -> None:
 
 
 _CARD = "Operator norm and SAM edge falling together during training, far below 2/η"
-
-
-def _headline_run() -> Run | None:
-    """The run that the first page opens with, or the most similar one that is published."""
-    runs = [run for run in standard(published_runs("mnist")) if run.config.rho and run.outcome == "finished"]
-    near = [(abs(run.config.learning_rate - 0.3), abs(run.config.rho - 0.1), run.config.seed) for run in runs]
-    return runs[near.index(min(near))] if runs else None

@@ -6,7 +6,7 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from samlib import figures, train
+from samlib import Run, RunConfig, figures, published_runs, train
 from samlib.cli import app
 
 from .conftest import small_config
@@ -84,8 +84,21 @@ def test_final_table(runs):
 def test_choosing_runs(runs):
     assert figures.standard(runs, "quick") == []
     assert figures.with_spectrum(runs) == runs[:-1]
-    assert len(figures.larger([train(small_config(seed=3))])) == 1
+    assert len(figures.beside([train(small_config(seed=3))])) == 1
     assert "digits" in figures.banner(runs).data
     assert figures.banner([]).data == ""
     with pytest.raises(ValueError, match="no runs to draw"):
         figures.alignments([run for run in runs if not run.config.rho])
+
+
+def test_a_setting_recorded_on_two_devices_counts_once():
+    def run(device, seed):
+        config = RunConfig(experiment="mnist", profile="paper", learning_rate=0.3, rho=0.1, seed=seed, device=device)
+        return Run(f"{device}{seed}", config, pd.DataFrame(), "finished", {})
+
+    runs = [run("cpu", 0), run("cuda", 0), run("cuda", 1), run("cpu", 2)]
+    assert [r.id for r in figures.standard(runs, "paper")] == ["cuda0", "cuda1", "cpu2"]
+    runs = [run("cpu", 0), run("cpu", 1), run("cuda", 0)]
+    assert [r.id for r in figures.standard(runs, "paper")] == ["cpu0", "cpu1"]
+    assert figures.typical(runs) is None
+    assert figures.typical(published_runs("mnist")).config.rho == 0.1
