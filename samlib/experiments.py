@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import itertools
 import json
+import os
 from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Annotated, Any, Literal
@@ -13,10 +14,11 @@ import torch
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
 from torch import Tensor
 from torch.nn import functional as F
+from torch.utils import deterministic
 
 from .datasets import DataPolicy, Dataset, load_dataset
 from .models import CNN, MLP, Transformer
-from .objective import Loss, Objective, flatten_parameters
+from .objective import Kernel, Loss, Objective, compiled_kernel, flatten_parameters
 
 __all__ = ["EXPERIMENTS", "PROFILES", "Experiment", "RunConfig", "explain", "grid", "profile_settings"]
 
@@ -45,8 +47,10 @@ _SETTINGS: dict[str, dict[str, dict[str, Any]]] = {
     },
 }
 _LANGUAGE = {"examples": None, "sequence_length": 64}
+# On a CPU. A GPU takes all examples at once, in few launches, and has the memory to keep their graph.
 _CHUNK = {"mnist": 10_000, "cifar10": 50, "shakespeare": 128}  # examples at a time; the CNN's fits the cache
 _RETAIN = 20_000  # most examples whose gradient graph is kept between Hessian–vector products
+_KERNELS: dict[tuple[object, ...], Kernel] = {}  # compiled ones of this process: the runs of a grid share theirs
 
 
 def profile_settings(experiment: str, profile: str) -> dict[str, Any]:
@@ -93,6 +97,8 @@ class RunConfig(BaseModel):
         device: "cpu", "cuda" or "auto" (resolved on creation).
         data: "auto", "real" or "standin", see :func:`samlib.load_dataset`. Not part of a run's identity: the
             fingerprint of the data that was used is.
+        compiled: compute the gradients of the steps by a compiled program, see
+            :func:`samlib.objective.compiled_kernel`. Not part of a run's identity either: it changes rounding only.
 
     Raises:
         pydantic.ValidationError: naming each bad field, what was given and what is allowed.
@@ -121,13 +127,15 @@ class RunConfig(BaseModel):
     dtype: Literal["float32", "float64"] = "float32"
     device: Literal["cpu", "cuda"] = "cpu"
     data: DataPolicy = "auto"
+    compiled: bool = False
 
     @model_validator(mode="before")
     @classmethod
     def _fill_in(cls, given: Any) -> Any:
         if not isinstance(given, dict):
             return given
-        given = {name: value for name, value in given.items() if value is not None or name == "examples"}
+        fields = cls.model_fields.keys() - {"examples"}
+        given = {name: value for name, value in given.items() if value is not None or name not in fields}
         if given.get("device", "auto") == "auto":
             given["device"] = "cuda" if torch.cuda.is_available() else "cpu"
         experiment, profile = given.get("experiment"), given.get("profile", "quick")
@@ -149,7 +157,11 @@ class RunConfig(BaseModel):
     def identity(self, fingerprint: str) -> str:
         """The run's id: 16 hexadecimal digits of SHA-256 over the configuration, the data's fingerprint and the
         version of the record. The same configuration and data have the same id on every machine."""
-        settings = {**self.model_dump(exclude={"data"}), "fingerprint": fingerprint, "record": RECORD_VERSION}
+        settings = {
+            **self.model_dump(exclude={"data", "compiled"}),
+            "fingerprint": fingerprint,
+            "record": RECORD_VERSION,
+        }
         return hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()[:16]
 
     def load_dataset(self) -> Dataset:
@@ -194,6 +206,14 @@ def cross_entropy(logits: Tensor, tokens: Tensor) -> Tensor:
     return F.cross_entropy(logits.flatten(0, 1), tokens.flatten())
 
 
+def _exact_on_cuda() -> None:
+    """For this process: full float32, and the same bits every time where PyTorch can; it warns where it cannot."""
+    torch.backends.cudnn.allow_tf32 = torch.backends.cuda.matmul.allow_tf32 = False
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # what cuBLAS needs for that
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]  # a debugging aid that costs time
+
+
 @dataclass
 class Experiment:
     """A configuration made concrete: initial parameters, the training objective at each step, and the test metric."""
@@ -204,7 +224,7 @@ class Experiment:
     def __post_init__(self) -> None:
         config, x = self.config, self.dataset.train_inputs
         if config.device == "cuda":
-            torch.backends.cudnn.allow_tf32 = torch.backends.cuda.matmul.allow_tf32 = False
+            _exact_on_cuda()
         dtype = getattr(torch, config.dtype)
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(config.seed)
@@ -220,18 +240,30 @@ class Experiment:
         self.model = model.to(config.device, dtype)
         self.loss: Loss = cross_entropy if config.experiment == "shakespeare" else mean_squared_error
         self._train = tuple(self._move(t) for t in (self.dataset.train_inputs, self.dataset.train_targets))
-        self._full = self._objective(*self._train) if config.batch_size is None else None
+        self._full = self._objective(*self._train, kernel=self._kernel()) if config.batch_size is None else None
         self._epoch, self._order = -1, torch.empty(0)
 
     def _move(self, tensor: Tensor) -> Tensor:
         dtype = getattr(torch, self.config.dtype) if tensor.is_floating_point() else tensor.dtype
         # Max-pooling is an order of magnitude faster on a CPU with the channels last.
-        layout = torch.channels_last if tensor.dim() == 4 else torch.preserve_format
+        images = tensor.dim() == 4 and self.config.device == "cpu"
+        layout = torch.channels_last if images else torch.preserve_format
         return tensor.to(self.config.device, dtype, memory_format=layout)
 
-    def _objective(self, inputs: Tensor, targets: Tensor) -> Objective:
-        chunk = _CHUNK[self.config.experiment]
-        return Objective(self.model, self.loss, inputs, targets, chunk_size=chunk, retain_graph=len(inputs) <= _RETAIN)
+    def _objective(self, inputs: Tensor, targets: Tensor, *, kernel: Kernel | None = None) -> Objective:
+        gpu = self.config.device == "cuda"
+        limits: Any = {} if gpu else {"chunk_size": _CHUNK[self.config.experiment]}
+        keep = gpu or len(inputs) <= _RETAIN
+        return Objective(self.model, self.loss, inputs, targets, **limits, retain_graph=keep, kernel=kernel)
+
+    def _kernel(self) -> Kernel | None:
+        if not self.config.compiled:
+            return None
+        structure = ("experiment", "width", "depth", "heads", "sequence_length", "dtype", "device")
+        key = (*(getattr(self.config, name) for name in structure), self.dataset.train_inputs.shape[1:])
+        if key not in _KERNELS:
+            _KERNELS[key] = compiled_kernel(self.model, self.loss, cuda_graph=self.config.device == "cuda")
+        return _KERNELS[key]
 
     def initial_parameters(self) -> Tensor:
         """w at step 0, shape (P,)."""
@@ -253,7 +285,7 @@ class Experiment:
             generator = torch.Generator().manual_seed(self.config.seed * 1_000_003 + epoch)
             self._epoch, self._order = epoch, torch.randperm(len(self._train[0]), generator=generator)
         chosen = self._order[position * size : (position + 1) * size].to(self._train[0].device)
-        return self._objective(self._train[0][chosen], self._train[1][chosen])
+        return self._objective(self._train[0][chosen], self._train[1][chosen], kernel=self._kernel())
 
     def evaluation_objective(self) -> Objective | None:
         """With mini-batches, a fixed larger batch: the first four batches' worth of training examples; else None."""

@@ -143,7 +143,7 @@ def command(run: Run) -> str:
 
 def changed(run: Run) -> list[str]:
     """The settings of a run, as "name=value", that differ from those of its profile."""
-    named = ("experiment", "profile", "learning_rate", "rho", "seed", "device", "data")
+    named = ("experiment", "profile", "learning_rate", "rho", "seed", "device", "data", "compiled")
     usual = RunConfig.model_validate({name: getattr(run.config, name) for name in named}).model_dump()
     return [f"{name}={value}" for name, value in run.config.model_dump().items() if value != usual[name]]
 

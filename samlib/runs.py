@@ -16,8 +16,9 @@ from typing import Any, Literal
 import filelock
 import pandas as pd
 import torch
+from pydantic import ValidationError
 
-from .experiments import RunConfig
+from .experiments import RunConfig, explain
 from .files import atomic_write
 
 __all__ = [
@@ -137,7 +138,8 @@ class RunStore:
             return Run(run_id, config, measurements, status["outcome"], status["provenance"])
         except (FileNotFoundError, ValueError, KeyError, TypeError) as error:
             aside = self._set_aside(folder)
-            warnings.warn(f"record of run {run_id} is damaged ({error}); set aside as {aside}", stacklevel=2)
+            reason = "; ".join(explain(error)) if isinstance(error, ValidationError) else error
+            warnings.warn(f"record of run {run_id} is damaged ({reason}); set aside as {aside}", stacklevel=2)
             return None
 
     def save(self, run: Run) -> None:

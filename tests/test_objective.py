@@ -1,9 +1,11 @@
+import shutil
+
 import pytest
 import torch
 from torch import nn
 
 from samlib import HessianOperator, Objective
-from samlib.objective import flatten_parameters
+from samlib.objective import compiled_kernel, flatten_parameters
 
 from .conftest import PROBLEMS, WithBatchNorm, problem
 
@@ -55,6 +57,19 @@ def test_dense_hessian_of_a_linear_model_in_closed_form():
     operator = HessianOperator(objective, flatten_parameters(model))
     dense = torch.stack([operator @ e for e in torch.eye(6, dtype=torch.float64)])
     torch.testing.assert_close(dense, 2 / 14 * torch.kron(torch.eye(2, dtype=torch.float64), x.T @ x))
+
+
+@pytest.mark.skipif(not shutil.which("c++"), reason="no C++ compiler, which torch.compile needs on a CPU")
+def test_a_compiled_kernel_gives_the_same_value_and_gradient():
+    objective, params = problem("mlp")
+    kernel = compiled_kernel(objective.model, objective.loss)
+    compiled = Objective(
+        objective.model, objective.loss, objective.inputs, objective.targets, chunk_size=8, kernel=kernel
+    )
+    for w in (params, params + 0.1):
+        for got, expected in zip(compiled.value_and_gradient(w), objective.value_and_gradient(w), strict=True):
+            torch.testing.assert_close(got, expected)
+    torch.testing.assert_close(HessianOperator(compiled, params) @ params, HessianOperator(objective, params) @ params)
 
 
 def test_a_linear_loss_has_no_hessian():

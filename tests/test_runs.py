@@ -28,7 +28,7 @@ def test_store_round_trip(store):
 
 def test_the_id_depends_on_what_determines_the_run_only():
     base = small_config()
-    assert base.identity("x") == small_config(data="auto").identity("x")
+    assert base.identity("x") == small_config(data="auto", compiled=True).identity("x")
     others = [small_config(**{k: v}) for k, v in {"rho": 0.2, "seed": 1, "width": 17, "steps": 31}.items()]
     ids = {c.identity("x") for c in (base, *others, small_language_config())} | {base.identity("y")}
     assert len(ids) == 7

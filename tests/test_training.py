@@ -1,4 +1,5 @@
 import random
+import shutil
 import signal
 import subprocess
 import sys
@@ -317,6 +318,19 @@ def test_float32_sees_the_sharpness_of_float64(network, device):
 def test_a_run_repeats_bit_for_bit_on_its_device(network, device):
     first, second = (train(NETWORKS[network](device=device, steps=10)) for _ in range(2))
     pd.testing.assert_frame_equal(values(first), values(second), check_exact=True)
+
+
+@pytest.mark.skipif(not shutil.which("c++"), reason="no C++ compiler, which torch.compile needs on a CPU")
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("network", NETWORKS)
+def test_a_compiled_run_is_the_plain_one_up_to_rounding_and_repeats_bit_for_bit(network, device):
+    settings = {"device": device, "dtype": "float64", "steps": 10, "tolerance": 1e-6}
+    plain, *twice = (train(NETWORKS[network](**settings, compiled=c)) for c in (False, True, True))
+    assert plain.id == twice[0].id
+    assert twice[0].config.compiled
+    pd.testing.assert_frame_equal(values(twice[0]), values(twice[1]), check_exact=True)
+    for name in ("loss", "grad_norm", "operator_norm", "sam_edge"):
+        np.testing.assert_allclose(twice[0].measurements[name], plain.measurements[name], rtol=1e-6, err_msg=name)
 
 
 @pytest.mark.gpu
