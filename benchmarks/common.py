@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import os
 import statistics
@@ -15,6 +16,7 @@ from torch import Tensor
 
 from samlib import RunConfig
 from samlib.experiments import Experiment
+from samlib.objective import pure_loss
 from samlib.optim import sam_step
 from samlib.training import commit, processor
 
@@ -52,16 +54,47 @@ def side_by_side(calls: Mapping[str, Callable[[], Any]], repeats: int = 15) -> d
     for _ in range(repeats):
         for name, call in calls.items():
             call()
+            _finish()
             started = time.perf_counter()
             call()
+            _finish()
             seconds[name].append(time.perf_counter() - started)
     return {name: statistics.median(values) for name, values in seconds.items()}
+
+
+def _finish() -> None:
+    """Wait for what a GPU still has to do."""
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+
+
+def stack_speedup(experiment: Experiment, runs: int, repeats: int = 5) -> float:
+    """Time of SAM steps of several runs, one after the other, over that of one step of all of them, by ``vmap``."""
+    config, objective = experiment.config, experiment.objective(0)
+    gradient = torch.func.grad(pure_loss(experiment.model, experiment.loss))
+    w = experiment.initial_parameters()
+    many = w + 1e-3 * torch.randn(runs, len(w), generator=torch.Generator().manual_seed(0)).to(w)
+
+    def step(params: Tensor) -> Tensor:
+        here = functools.partial(gradient, inputs=objective.inputs, targets=objective.targets)
+        return sam_step(here, params, config.learning_rate, config.rho)
+
+    together = torch.func.vmap(step)
+    seconds = side_by_side(
+        {
+            "sequential": lambda: [sam_step(objective.gradient, p, config.learning_rate, config.rho) for p in many],
+            "stacked": lambda: together(many),
+        },
+        repeats,
+    )
+    return seconds["sequential"] / seconds["stacked"]
 
 
 def record(name: str, result: dict[str, Any]) -> None:
     """Write a result, with the machine it was measured on, to ``benchmarks/results/<name>.json``, and print it."""
     about = {
         "processor": processor(),
+        **({"gpu": torch.cuda.get_device_name()} if torch.cuda.is_available() else {}),
         "cores": os.cpu_count(),
         "threads": torch.get_num_threads(),
         "torch": torch.__version__,

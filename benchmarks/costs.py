@@ -22,9 +22,8 @@ from typing import Any
 import joblib
 import numpy as np
 import torch
-from common import NETS, record, side_by_side, trajectory
+from common import NETS, record, side_by_side, stack_speedup, trajectory
 from torch import Tensor
-from torch.func import functional_call, grad, vmap
 
 from samlib import SAM, HessianOperator, RunConfig
 from samlib.experiments import Experiment
@@ -154,32 +153,8 @@ def grids(steps: int = 150) -> dict[str, Any]:
             parallel(joblib.delayed(train)(config) for _ in range(cores))
             seconds = time.perf_counter() - started
         result[name] = {"share_of_matmul_rate": 2 * steps * cores * one / seconds / matmul_rate()}
-        result[name]["stack_speedup"] = stack(config, data, 12)
+        result[name]["stack_speedup"] = stack_speedup(Experiment(config, data), 12)
     return result
-
-
-def stack(config: RunConfig, data: Any, runs: int) -> float:
-    """SAM steps of several runs, one after the other, over one step of all of them stacked by ``vmap``."""
-    experiment = Experiment(config, data)
-    objective, model = experiment.objective(0), experiment.model
-    shapes = {name: p.shape for name, p in model.named_parameters()}
-    w = experiment.initial_parameters()
-    many = w + 1e-3 * torch.randn(runs, len(w), generator=torch.Generator().manual_seed(0))
-
-    def loss(params: Tensor) -> Tensor:
-        pieces = params.split([s.numel() for s in shapes.values()])
-        weights = {n: p.view(s) for (n, s), p in zip(shapes.items(), pieces, strict=True)}
-        return objective.loss(functional_call(model, weights, (objective.inputs,)), objective.targets)
-
-    together = vmap(lambda p: sam_step(grad(loss), p, config.learning_rate, config.rho))
-    seconds = side_by_side(
-        {
-            "sequential": lambda: [sam_step(objective.gradient, p, config.learning_rate, config.rho) for p in many],
-            "stacked": lambda: together(many),
-        },
-        repeats=5,
-    )
-    return seconds["sequential"] / seconds["stacked"]
 
 
 def measuring(rho: float, learning_rate: float) -> float:

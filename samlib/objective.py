@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from .models import plain
 
-__all__ = ["Kernel", "Objective", "compiled_kernel", "flatten_parameters"]
+__all__ = ["Kernel", "Objective", "compiled_kernel", "flatten_parameters", "pure_loss"]
 
 Loss = Callable[[Tensor, Tensor], Tensor]
 Kernel = Callable[[Tensor, Tensor, Tensor], tuple[Tensor, Tensor]]
@@ -19,6 +19,21 @@ Kernel = Callable[[Tensor, Tensor, Tensor], tuple[Tensor, Tensor]]
 def flatten_parameters(model: nn.Module) -> Tensor:
     """All parameters of a module as one vector (P,), in the order of ``model.parameters()``."""
     return torch.cat([p.detach().reshape(-1) for p in model.parameters()])
+
+
+def pure_loss(model: nn.Module, loss: Loss) -> Callable[[Tensor, Tensor, Tensor], Tensor]:
+    """The mean loss of some examples as a function (params, inputs, targets) → () for the transforms of ``torch.func``.
+
+    A copy of the module is used, made of PyTorch's own operations only: those can be transformed and compiled.
+    """
+    twin = plain(copy.deepcopy(model))
+    names, shapes, sizes = _layout(twin)
+
+    def mean_loss(params: Tensor, inputs: Tensor, targets: Tensor) -> Tensor:
+        weights = {n: p.view(s) for n, p, s in zip(names, params.split(sizes), shapes, strict=True)}
+        return loss(torch.func.functional_call(twin, weights, (inputs,)), targets)
+
+    return mean_loss
 
 
 def compiled_kernel(model: nn.Module, loss: Loss, cuda_graph: bool = False) -> Kernel:
@@ -32,16 +47,8 @@ def compiled_kernel(model: nn.Module, loss: Loss, cuda_graph: bool = False) -> K
         loss: as for :class:`Objective`.
         cuda_graph: let a GPU launch the whole program at once. What it returned is overwritten by the next call.
     """
-    # The compiler sees through PyTorch's own operations only, and derives and fuses them itself.
-    twin = plain(copy.deepcopy(model))
-    names, shapes, sizes = _layout(twin)
-
-    def mean_loss(params: Tensor, inputs: Tensor, targets: Tensor) -> Tensor:
-        weights = {n: p.view(s) for n, p, s in zip(names, params.split(sizes), shapes, strict=True)}
-        return loss(torch.func.functional_call(twin, weights, (inputs,)), targets)
-
     kernel = torch.compile(
-        torch.func.grad_and_value(mean_loss),
+        torch.func.grad_and_value(pure_loss(model, loss)),
         fullgraph=True,
         dynamic=False,
         mode="reduce-overhead" if cuda_graph else "default",
