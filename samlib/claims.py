@@ -283,7 +283,7 @@ def table(results: Sequence[Verdict]) -> pd.DataFrame:
     return pd.DataFrame(
         {
             "claim": [v.claim.text for v in results],
-            "experiment": [v.experiment for v in results],
+            "experiment": [NAMES[v.experiment] for v in results],
             "profile": [v.profile for v in results],
             "statistic": [f"{v.value:.3g} [{v.low:.3g}, {v.high:.3g}]" if v.total else "–" for v in results],
             "threshold": [v.claim.threshold for v in results],
@@ -301,7 +301,11 @@ def summary(results: Sequence[Verdict]) -> pd.DataFrame:
         if v.leading
     }
     names = [NAMES[name] for name in _ALL]
-    rows = [{"claim": c.text, **{name: cells.get((c.text, name), "–") for name in names}} for c in CLAIMS]
+    # A word joiner keeps 2/η in one line.
+    rows = [
+        {"claim": c.text.replace("/η", "/\u2060η"), **{name: cells.get((c.text, name), "–") for name in names}}
+        for c in CLAIMS
+    ]
     return pd.DataFrame(rows)
 
 

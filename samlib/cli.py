@@ -126,8 +126,8 @@ def claims(
         _fail(str(error), 1)
     for row in table(results).itertuples(index=False):
         claim, experiment, profile, statistic, threshold, supporting, verdict = row
-        print(f"{verdict:15} {experiment:12} {profile:8} {claim}")
-        print(f"{'':37} {statistic}, wanted {threshold}; {supporting} runs support it")
+        print(f"{verdict:15} {experiment:16} {profile:8} {claim}")
+        print(f"{'':41} {statistic}, wanted {threshold}; {supporting} runs support it")
     if update:
         record(results, published)
     elif differences := agrees_with_record(results, published):
