@@ -26,7 +26,7 @@ from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import FlopCounterMode
 
 from samlib import HessianOperator, Objective, RunConfig
-from samlib.experiments import Experiment
+from samlib.experiments import Experiment, exact_on_cuda
 from samlib.models import plain
 from samlib.objective import compiled_kernel, pure_loss
 from samlib.optim import sam_step
@@ -138,27 +138,30 @@ def peers(experiment: Experiment, objective: Objective, params: Tensor, vector: 
 def grids(device: str, runs: int, steps: int) -> dict[str, Any]:
     """How much faster a grid is as one stack, and as processes that share the device, than run after run."""
 
-    def train(config: RunConfig) -> None:
+    def train(config: RunConfig) -> tuple[float, float]:
+        """When training began, with the data at hand, and when it ended."""
         experiment = Experiment(config, config.load_dataset())
-        params = experiment.initial_parameters()
+        params = sam_step(experiment.objective(0).gradient, experiment.initial_parameters(), 0.0, config.rho)
+        params.sum().item()
+        began = time.time()
         for step in range(steps):
             params = sam_step(experiment.objective(step).gradient, params, config.learning_rate, config.rho)
         params.sum().item()
+        return began, time.time()
 
     result = {}
     for name, (config, _, _) in NETS.items():
         for profile in ("quick", "reduced") if device == "cuda" else ("quick",):
             point = {"learning_rate": config.learning_rate, "rho": config.rho, "device": device, "profile": profile}
+            point["data"] = "real" if device == "cuda" else "auto"
             small = RunConfig(experiment=name, **point)
-            spent = {}
-            for jobs in (1, 4):
-                with joblib.Parallel(jobs) as parallel:
-                    parallel(joblib.delayed(train)(small) for _ in range(4))  # warms the processes up
-                    started = time.perf_counter()
-                    parallel(joblib.delayed(train)(small) for _ in range(4))
-                    spent[jobs] = time.perf_counter() - started
+            in_turn = sum(end - begin for begin, end in (train(small) for _ in range(4)))
+            with joblib.Parallel(4) as parallel:
+                for _ in range(2):  # the first time starts the processes
+                    begins, ends = zip(*parallel(joblib.delayed(train)(small) for _ in range(4)), strict=True)
             stacked = stack_speedup(Experiment(small, small.load_dataset()), runs, 3)
-            result[f"{name} {profile}"] = {"stack_speedup": stacked, "four_processes_speedup": spent[1] / spent[4]}
+            together = max(ends) - min(begins)
+            result[f"{name} {profile}"] = {"stack_speedup": stacked, "four_processes_speedup": in_turn / together}
             print(f"{name} {profile}", result[f"{name} {profile}"], flush=True)
     return result
 
@@ -172,21 +175,24 @@ def main() -> None:
     gpu = options.device == "cuda"
     if gpu and not torch.cuda.is_available():
         parser.error("PyTorch sees no CUDA device here; a trial without one: --device cpu")
-    torch.backends.cudnn.allow_tf32 = torch.backends.cuda.matmul.allow_tf32 = False
+    if gpu:
+        exact_on_cuda()  # before the first matrix product
     speed = rates(options.device, 8192 if gpu else 1024)
-    result: dict[str, Any] = {"matmul_flops_per_second": speed[0], "copy_bytes_per_second": speed[1], "nets": {}}
+    path = RESULTS / "gpu.json"
+    result: dict[str, Any] = json.loads(path.read_text()) if gpu and path.exists() else {"nets": {}}
+    result.pop("machine", None)
+    result |= {"matmul_flops_per_second": speed[0], "copy_bytes_per_second": speed[1]}
     for name in options.nets:
         usual, _, _ = NETS[name]
         point = {"learning_rate": usual.learning_rate, "rho": usual.rho, "device": options.device}
-        config = RunConfig(experiment=name, profile="paper" if gpu else "quick", **point)
-        result["nets"][name] = network(config, speed)
+        point |= {"profile": "paper", "data": "real"} if gpu else {"profile": "quick"}
+        result["nets"][name] = network(RunConfig(experiment=name, **point), speed)
+        if gpu:
+            record("gpu", result)  # at once: the next one may take longer than there is time
     if not options.no_grids:
         result["grids"] = grids(options.device, runs=12 if gpu else 3, steps=200 if gpu else 10)
-    if gpu:
-        before = json.loads(path.read_text()) if (path := RESULTS / "gpu.json").exists() else {}
-        nets = {**before.pop("nets", {}), **result["nets"]}
-        before.pop("machine", None)
-        record("gpu", {**before, **result, "nets": nets})
+        if gpu:
+            record("gpu", result)
 
 
 if __name__ == "__main__":

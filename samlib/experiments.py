@@ -20,7 +20,7 @@ from .datasets import DataPolicy, Dataset, load_dataset
 from .models import CNN, MLP, Transformer
 from .objective import Kernel, Loss, Objective, compiled_kernel, flatten_parameters
 
-__all__ = ["EXPERIMENTS", "PROFILES", "Experiment", "RunConfig", "explain", "grid", "profile_settings"]
+__all__ = ["EXPERIMENTS", "PROFILES", "Experiment", "RunConfig", "exact_on_cuda", "explain", "grid", "profile_settings"]
 
 RECORD_VERSION = 1  # part of a run's id; raise it when the same configuration would be recorded differently
 
@@ -206,7 +206,7 @@ def cross_entropy(logits: Tensor, tokens: Tensor) -> Tensor:
     return F.cross_entropy(logits.flatten(0, 1), tokens.flatten())
 
 
-def _exact_on_cuda() -> None:
+def exact_on_cuda() -> None:
     """For this process: full float32, and the same bits every time where PyTorch can; it warns where it cannot."""
     torch.backends.cudnn.allow_tf32 = torch.backends.cuda.matmul.allow_tf32 = False
     os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # what cuBLAS needs for that
@@ -224,7 +224,7 @@ class Experiment:
     def __post_init__(self) -> None:
         config, x = self.config, self.dataset.train_inputs
         if config.device == "cuda":
-            _exact_on_cuda()
+            exact_on_cuda()
         dtype = getattr(torch, config.dtype)
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(config.seed)
@@ -283,8 +283,9 @@ class Experiment:
         epoch, position = divmod(step, batches)
         if epoch != self._epoch:
             generator = torch.Generator().manual_seed(self.config.seed * 1_000_003 + epoch)
-            self._epoch, self._order = epoch, torch.randperm(len(self._train[0]), generator=generator)
-        chosen = self._order[position * size : (position + 1) * size].to(self._train[0].device)
+            order = torch.randperm(len(self._train[0]), generator=generator)
+            self._epoch, self._order = epoch, order.to(self._train[0].device)  # once: a copy waits for the device
+        chosen = self._order[position * size : (position + 1) * size]
         return self._objective(self._train[0][chosen], self._train[1][chosen], kernel=self._kernel())
 
     def evaluation_objective(self) -> Objective | None:

@@ -201,6 +201,8 @@ def plain(model: nn.Module) -> nn.Module:
                 setattr(parent, name, _PlainLayerNorm(layer))
             elif isinstance(layer, MaxPool):
                 setattr(parent, name, nn.MaxPool2d(2))
+            elif isinstance(layer, nn.Embedding):
+                setattr(parent, name, _PlainEmbedding(layer))
     return model
 
 
@@ -214,6 +216,17 @@ class _PlainLayerNorm(nn.Module):
         x = x.movedim(self.dim, -1)
         x = (x - x.mean(-1, keepdim=True)) / (x.var(-1, keepdim=True, unbiased=False) + 1e-5).sqrt()
         return (x * self.weight + self.bias).movedim(-1, self.dim)
+
+
+class _PlainEmbedding(nn.Module):
+    # As a matrix product: a compiled gradient of a look-up adds rows up one by one, where kernels are deterministic.
+    def __init__(self, layer: nn.Embedding) -> None:
+        super().__init__()
+        self.weight = layer.weight
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        every = torch.arange(len(self.weight), device=tokens.device)
+        return (tokens[..., None] == every).to(self.weight.dtype) @ self.weight
 
 
 def _laid_out_as(like: Tensor, x: Tensor) -> Tensor:
@@ -252,6 +265,8 @@ class _MaxPoolBackward(torch.autograd.Function):
     def backward(ctx, u: Tensor):
         (indices,) = ctx.saved_tensors
         # Linear in h, so the derivative is the pooling's own choice of elements; pixels are numbered row by row.
+        if indices.is_contiguous():
+            return u.flatten(2).gather(2, indices.flatten(2)).view(indices.shape), None, None
         u_BSC, i_BSC = (t.permute(0, 2, 3, 1).flatten(1, 2) for t in (u, indices))
         chosen = u_BSC.gather(1, i_BSC).unflatten(1, indices.shape[2:])
         return chosen.permute(0, 3, 1, 2), None, None

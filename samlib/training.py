@@ -31,6 +31,7 @@ from .runs import Outcome, Run, RunStore
 __all__ = ["OutOfTime", "commit", "measure", "processor", "train", "train_grid"]
 
 CHECKPOINT_SECONDS = float(os.environ.get("SAMLIB_CHECKPOINT_SECONDS", 5))
+CHECK_EVERY = {"cpu": 1, "cuda": 50}  # steps between looks at the loss: on a GPU each waits for the device
 DIVERGED = 1e3  # a loss this many times the initial one never came back in any run we saw
 EVALUATE_EVERY = 4  # mini-batch runs repeat each fourth measurement on the larger evaluation batch
 
@@ -168,21 +169,26 @@ def _train(
     first_step: int = state["step"] if state else 0
     started = time.monotonic() - (state["seconds"] if state else 0.0)
     saved = time.monotonic()
-    losses: list[Tensor] = []  # of the last steps, not yet checked: on a GPU each check waits for the device
+    losses: list[Tensor] = []  # of the last steps, not yet looked at
     outcome: Outcome = "finished"
     note("start", run=run_id, step=first_step, steps=config.steps)
 
-    def checked(step: int) -> int | None:
-        """The first of the last steps at which the loss was beyond recovery."""
-        bound = DIVERGED * rows[0]["loss"]
+    def diverged_by(step: int) -> bool:
+        """Look at the losses before this step; if one was beyond recovery, the first of them is the last row."""
+        bound = DIVERGED * rows[0]["loss"] if losses else math.inf
         bad = [i for i, value in enumerate(torch.stack(losses).tolist()) if not value <= bound] if losses else []
-        first = step - len(losses) + 1 + bad[0] if bad else None
+        if bad:
+            first = step - len(losses) + bad[0]
+            rows.append({"seconds": time.monotonic() - started, "step": first, "loss": math.inf})
         losses.clear()
-        return first
+        return bool(bad)
 
     for step in range(first_step, config.steps + 1):
         objective = experiment.objective(step)
         if step % config.measure_every == 0 or step == config.steps:
+            if diverged_by(step):
+                outcome = "diverged"
+                break
             try:
                 row, models[""] = measure(objective, params, config, step, models[""])
                 if evaluation and step % (EVALUATE_EVERY * config.measure_every) == 0:
@@ -205,12 +211,9 @@ def _train(
         losses.append(loss)
         late = time.time() > deadline
         due = late or time.monotonic() - saved > CHECKPOINT_SECONDS
-        if due or config.device == "cpu" or len(losses) == 50:
-            bad_step = checked(step)
-            if bad_step is not None:
-                rows.append({"seconds": time.monotonic() - started, "step": bad_step, "loss": math.inf})
-                outcome = "diverged"
-                break
+        if (due or len(losses) >= CHECK_EVERY[config.device]) and diverged_by(step + 1):
+            outcome = "diverged"
+            break
         if store and due:
             plain = {name: model and tuple(model) for name, model in models.items()}
             state = {"step": step + 1, "params": params, "models": plain, "rows": rows}
@@ -326,7 +329,12 @@ def processor() -> str:
 
 
 def commit() -> str | None:
-    """The project's git commit, with "+" for uncommitted changes to the package; None outside a checkout."""
+    """The project's git commit, with "+" for uncommitted changes to the package; None outside a checkout.
+
+    ``SAMLIB_COMMIT`` names it where the checkout has no history, in a container say.
+    """
+    if named := os.environ.get("SAMLIB_COMMIT"):
+        return named
     root = Path(__file__).parents[1]
     if not (root / ".git").exists():
         return None

@@ -286,6 +286,17 @@ def test_the_trajectory_is_the_recorded_one():
         np.testing.assert_allclose(run.measurements[name], expected, rtol=1e-6, err_msg=name)
 
 
+@pytest.mark.parametrize("settings", [{"learning_rate": 30.0, "rho": 0.0}, {"learning_rate": 12.0, "rho": 0.5}, {}])
+def test_looking_at_the_loss_less_often_changes_no_record(settings, monkeypatch):
+    """On a GPU each look waits for the device."""
+    config = small_config(**settings, steps=60)
+    often = train(config)
+    monkeypatch.setattr(training, "CHECK_EVERY", {"cpu": 50})
+    seldom = train(config)
+    assert often.outcome == seldom.outcome == ("diverged" if settings else "finished")
+    pd.testing.assert_frame_equal(values(often), values(seldom), check_exact=True)
+
+
 DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)]
 NETWORKS = {
     "mlp": small_config,
