@@ -19,6 +19,7 @@ __all__ = [
     "SpectralDensity",
     "extreme_eigenpairs",
     "hutchinson_trace",
+    "least_change",
     "power_iteration",
     "spectral_density",
     "top_eigenpairs",
