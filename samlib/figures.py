@@ -173,7 +173,8 @@ def standard(runs: Sequence[Run], profile: str | None = None) -> list[Run]:
 
     Of a setting recorded on two kinds of device, the one on which more was recorded counts.
     """
-    chosen = [run for run in runs if run.config.profile == (profile or leading(runs)) and not changed(run)]
+    profile = profile or leading(runs)
+    chosen = [run for run in runs if run.config.profile == profile and not changed(run)]
     recorded = Counter(run.config.device for run in chosen)
     chosen.sort(key=lambda run: recorded[run.config.device])
     return _sorted({(run.config.learning_rate, run.config.rho, run.config.seed): run for run in chosen}.values())
@@ -202,9 +203,10 @@ def with_spectrum(runs: Sequence[Run]) -> list[Run]:
 def beside(runs: Sequence[Run]) -> list[Figure]:
     """What is published beside the leading grid: one figure for each group of runs of another profile or size."""
     groups: dict[tuple[str, ...], list[Run]] = {}
+    shown = (leading(runs),)
     for run in runs:
         place = (run.config.profile, *changed(run))
-        if place != (leading(runs),) and run.config.eigenvalues == 1:
+        if place != shown and run.config.eigenvalues == 1:
             groups.setdefault(place, []).append(run)
     return [norms_and_edges(groups[place]) for place in sorted(groups)]
 

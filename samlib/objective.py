@@ -26,14 +26,8 @@ def pure_loss(model: nn.Module, loss: Loss) -> Callable[[Tensor, Tensor, Tensor]
 
     A copy of the module is used, made of PyTorch's own operations only: those can be transformed and compiled.
     """
-    twin = plain(copy.deepcopy(model))
-    names, shapes, sizes = _layout(twin)
-
-    def mean_loss(params: Tensor, inputs: Tensor, targets: Tensor) -> Tensor:
-        weights = {n: p.view(s) for n, p, s in zip(names, params.split(sizes), shapes, strict=True)}
-        return loss(torch.func.functional_call(twin, weights, (inputs,)), targets)
-
-    return mean_loss
+    forward = _functional(plain(copy.deepcopy(model)))
+    return lambda params, inputs, targets: loss(forward(params, inputs), targets)
 
 
 def compiled_kernel(model: nn.Module, loss: Loss, cuda_graph: bool = False) -> Kernel:
@@ -61,10 +55,17 @@ def compiled_kernel(model: nn.Module, loss: Loss, cuda_graph: bool = False) -> K
     return run
 
 
-def _layout(model: nn.Module) -> tuple[list[str], list[torch.Size], list[int]]:
-    """Names, shapes and sizes of a module's parameters, in the order in which they are flattened."""
-    named = list(model.named_parameters())
-    return [name for name, _ in named], [p.shape for _, p in named], [p.numel() for _, p in named]
+def _functional(model: nn.Module) -> Callable[[Tensor, Tensor], Tensor]:
+    """A module's outputs as a function of all its parameters as one vector (P,), and of the inputs."""
+    names = [name for name, _ in model.named_parameters()]
+    shapes = [p.shape for p in model.parameters()]
+    sizes = [p.numel() for p in model.parameters()]
+
+    def forward(params: Tensor, inputs: Tensor) -> Tensor:
+        weights = {n: p.view(s) for n, p, s in zip(names, params.split(sizes), shapes, strict=True)}
+        return torch.func.functional_call(model, weights, (inputs,))
+
+    return forward
 
 
 class Objective:
@@ -116,15 +117,13 @@ class Objective:
         self.chunk_size = chunk_size or len(inputs)
         self.retain_graph = retain_graph
         self.kernel = kernel
-        self._names, self._shapes, self._sizes = _layout(model)
-        self.size = sum(self._sizes)
+        self._forward = _functional(model)
+        self.size = sum(p.numel() for p in model.parameters())
         """P, the number of parameters."""
 
     def forward(self, params: Tensor, inputs: Tensor) -> Tensor:
         """The model's outputs at parameters (P,)."""
-        pieces = params.split(self._sizes)
-        weights = {n: p.view(s) for n, p, s in zip(self._names, pieces, self._shapes, strict=True)}
-        return torch.func.functional_call(self.model, weights, (inputs,))
+        return self._forward(params, inputs)
 
     def chunk_losses(self, params: Tensor) -> Iterator[Tensor]:
         """Each chunk's contribution to ℓ(w), one at a time; they add up to ℓ(w)."""
@@ -145,10 +144,10 @@ class Objective:
     def value_and_gradient(self, params: Tensor) -> tuple[Tensor, Tensor]:
         """ℓ(w) and ∇ℓ(w), shapes () and (P,)."""
         w = params.detach().requires_grad_()
-        value, gradient = torch.zeros((), dtype=w.dtype, device=w.device), torch.zeros_like(w.detach())
+        value, gradient = torch.zeros((), dtype=w.dtype, device=w.device), torch.zeros_like(w)
         if self.kernel:
             for x, y, share in self._chunks():
-                part, mean = self.kernel(w.detach(), x, y)
+                part, mean = self.kernel(params.detach(), x, y)
                 gradient.add_(part, alpha=share)
                 value.add_(mean, alpha=share)
             return value, gradient
