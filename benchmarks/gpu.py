@@ -27,7 +27,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from samlib import HessianOperator, Objective, RunConfig
 from samlib.experiments import Experiment, exact_on_cuda
-from samlib.models import plain
+from samlib.layers import plain
 from samlib.objective import compiled_kernel, pure_loss
 from samlib.optim import sam_step
 from samlib.training import measure

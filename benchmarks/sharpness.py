@@ -26,8 +26,8 @@ from common import NETS, record, trajectory
 from torch import Tensor
 
 from samlib import HessianOperator, Objective, power_iteration
-from samlib.hessian import extreme_eigenpairs
-from samlib.models import plain
+from samlib.eigen import extreme_eigenpairs
+from samlib.layers import plain
 
 ACCURACY = 1e-3
 SHARE = 0.9
@@ -186,7 +186,7 @@ def compare(name: str, count: int) -> dict[str, Any]:
 
 
 def experiment_model(experiment: Any) -> torch.nn.Module:
-    """A second copy of the network, for :func:`samlib.models.plain` to change."""
+    """A second copy of the network, for :func:`samlib.layers.plain` to change."""
     return type(experiment)(experiment.config, experiment.dataset).model
 
 

@@ -13,7 +13,7 @@ import platform
 import statistics
 from pathlib import Path
 
-from samlib.browser import launch, serve, settle
+from samlib.site.browser import launch, serve, settle
 
 ROOT = Path(__file__).parents[1]
 TARGET = ROOT / "benchmarks" / "results" / "site_lcp.json"

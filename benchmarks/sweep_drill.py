@@ -31,8 +31,9 @@ import pandas as pd
 import psutil
 
 from samlib.journal import Journal
-from samlib.sweep import RESULTS, load
-from samlib.sweep_report import table
+from samlib.sweeps.planning import load
+from samlib.sweeps.points import RESULTS
+from samlib.sweeps.report import table
 
 ROOT = Path(__file__).parents[1]
 RESULTS_FILE = ROOT / "benchmarks" / "results" / "sweep_drill.json"

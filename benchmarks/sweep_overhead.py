@@ -25,9 +25,13 @@ from typing import Any
 import nbformat
 from jupyter_client.manager import KernelManager
 
-from samlib import sweep, sweep_report, sweep_run
 from samlib.journal import append
-from samlib.notebooks import Execution
+from samlib.sweeps import engines as sweep_run
+from samlib.sweeps import planning as sweep
+from samlib.sweeps import progress
+from samlib.sweeps import report as sweep_report
+from samlib.sweeps.executing import Execution
+from samlib.sweeps.progress import Reporter
 
 ROOT = Path(__file__).parents[1]
 TARGET = ROOT / "benchmarks" / "results" / "sweep_overhead.json"
@@ -93,7 +97,7 @@ def thousand(folder: Path) -> dict[str, Any]:
         planned = sweep.plan(path, folder / "out", grid=axes)
         before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
         started = time.perf_counter()
-        reporter = sweep_run.Reporter(planned, show=lambda line: None)
+        reporter = Reporter(planned, show=lambda line: None)
         sweep_run.run(planned, sweep_run.Local(2), reporter=reporter)
         loop = time.perf_counter() - started
         grown = (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / 1024
@@ -124,7 +128,7 @@ def main() -> None:
     result = {
         "points": options.points,
         "steps": options.steps,
-        "cores": sweep_run.cores(),
+        "cores": progress.cores(),
         "threads_per_job": int(os.environ["OMP_NUM_THREADS"]),
         "load_before": os.getloadavg()[0],
         "machine": platform.machine(),

@@ -18,12 +18,12 @@ _HOME = {
     "frozen_batch_statistics": "optim",
     "gd_step": "optim",
     "sam_step": "optim",
-    "EigenResult": "hessian",
+    "EigenResult": "eigen",
     "HessianOperator": "hessian",
-    "hutchinson_trace": "hessian",
-    "power_iteration": "hessian",
-    "spectral_density": "hessian",
-    "top_eigenpairs": "hessian",
+    "hutchinson_trace": "spectrum",
+    "power_iteration": "eigen",
+    "spectral_density": "spectrum",
+    "top_eigenpairs": "eigen",
     "CNN": "models",
     "MLP": "models",
     "Transformer": "models",
@@ -42,19 +42,14 @@ __all__ = sorted(_HOME)
 if TYPE_CHECKING:
     from .datasets import Dataset, load_dataset
     from .edges import gd_edge, growth_factor, sam_edge, two_cycle_radius
+    from .eigen import EigenResult, power_iteration, top_eigenpairs
     from .experiments import RunConfig, grid
-    from .hessian import (
-        EigenResult,
-        HessianOperator,
-        hutchinson_trace,
-        power_iteration,
-        spectral_density,
-        top_eigenpairs,
-    )
+    from .hessian import HessianOperator
     from .models import CNN, MLP, Transformer
     from .objective import Objective
     from .optim import SAM, frozen_batch_statistics, gd_step, sam_step
     from .runs import Run, RunStore, published_runs
+    from .spectrum import hutchinson_trace, spectral_density
     from .training import train, train_grid
 
 

@@ -97,12 +97,12 @@ def data(policy: Annotated[str, typer.Option(help="auto or real.")] = "real") ->
     """Check the data sets, download what is missing, and say where each one is."""
     if policy not in ("auto", "real"):
         _invalid(f"--policy must be auto or real, got {policy!r}")
-    from .datasets import FILES, DataError, locate
+    from .datasets import SOURCES, DataError
 
     failed = False
-    for name in FILES:
+    for name, source in SOURCES.items():
         try:
-            print(f"{name}: {locate(name)[0].parent}")
+            print(f"{name}: {source.locate()[0].parent}")
         except DataError as error:
             failed = policy == "real"
             print(error, file=sys.stderr)
@@ -142,8 +142,8 @@ def book(
     as_pdf: Annotated[bool, typer.Option("--pdf", help="Also print it into _build/book.pdf; needs Chromium.")] = False,
 ) -> None:
     """Execute the notebooks and build the website into _build/html."""
-    from .book import BookError, build, pdf
     from .experiments import PROFILES
+    from .site.build import BookError, build, pdf
 
     if profile not in PROFILES or data not in ("auto", "real", "standin"):
         _invalid(f"profile must be one of {', '.join(PROFILES)} and data auto, real or standin; got {profile}, {data}")
@@ -205,8 +205,9 @@ def sweep_run(
 
     samlib sweep notebooks/run.ipynb --grid learning_rate=0.1,0.3 --grid rho=0,0.1 --out sweeps/first --jobs 2
     """
-    from .sweep import SweepError, plan, read_config
-    from .sweep_run import Limits, Local, Ray, duration, estimate, run
+    from .sweeps.engines import Limits, Local, Ray, run
+    from .sweeps.planning import SweepError, plan, read_config
+    from .sweeps.progress import duration, estimate
 
     limits = Limits(_seconds(timeout, "--timeout") if timeout else None, retries)
     settings, axes = _pairs(setting or [], "--set"), _pairs(grid or [], "--grid")
@@ -246,8 +247,8 @@ def sweep_report(
     ] = False,
 ) -> None:
     """Gather a sweep: a table (CSV, Parquet) and a page of heatmaps."""
-    from .sweep import SweepError
-    from .sweep_report import ReportError, report
+    from .sweeps.planning import SweepError
+    from .sweeps.report import ReportError, report
 
     try:
         table = report(folder, allow_partial)

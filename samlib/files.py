@@ -1,11 +1,15 @@
-"""Writing files so that no reader ever sees half of one."""
+"""Where the project lies, and writing files so that no reader ever sees half of one."""
 
 from __future__ import annotations
 
 import os
 from pathlib import Path
 
-__all__ = ["atomic_write"]
+__all__ = ["PROJECT", "atomic_write"]
+
+_PARENT = Path(__file__).parents[1]
+PROJECT = _PARENT if (_PARENT / "_toc.yml").exists() else None
+"""The checkout that this package stands in, with its notebooks and published runs; None where it is installed alone."""
 
 
 def atomic_write(path: Path, content: bytes) -> None:

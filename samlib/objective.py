@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterator
 import torch
 from torch import Tensor, nn
 
-from .models import plain
+from .layers import plain
 
 __all__ = ["Kernel", "Objective", "compiled_kernel", "flatten_parameters", "pure_loss"]
 

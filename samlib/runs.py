@@ -19,7 +19,7 @@ import torch
 from pydantic import ValidationError
 
 from .experiments import RunConfig, explain
-from .files import atomic_write
+from .files import PROJECT, atomic_write
 
 __all__ = [
     "Run",
@@ -208,7 +208,7 @@ _RUNS_KEY = b"samlib.runs"
 
 def published_path(experiment: str, folder: str | os.PathLike[str] | None = None) -> Path:
     """Where an experiment's published runs are: ``data/published/<experiment>.parquet`` of the project."""
-    root = Path(folder) if folder else Path(__file__).parents[1] / "data" / "published"
+    root = Path(folder) if folder else (PROJECT or Path()) / "data" / "published"
     return root / f"{experiment}.parquet"
 
 

@@ -21,8 +21,10 @@ from torch import Tensor
 from . import __version__
 from .datasets import DataPolicy, Dataset, data_folders, load_dataset
 from .edges import gd_edge, sam_edge
+from .eigen import extreme_eigenpairs
 from .experiments import Experiment, RunConfig
-from .hessian import HessianOperator, extreme_eigenpairs
+from .files import PROJECT
+from .hessian import HessianOperator
 from .journal import note
 from .objective import Objective
 from .optim import sam_perturb, sam_step
@@ -335,13 +337,12 @@ def commit() -> str | None:
     """
     if named := os.environ.get("SAMLIB_COMMIT"):
         return named
-    root = Path(__file__).parents[1]
-    if not (root / ".git").exists():
+    if not PROJECT or not (PROJECT / ".git").exists():
         return None
     commands = (["rev-parse", "--short=12", "HEAD"], ["status", "--porcelain", "samlib"])
     try:
         head, changes = (
-            subprocess.run(["git", "-C", str(root), *c], capture_output=True, text=True, check=True).stdout.strip()
+            subprocess.run(["git", "-C", str(PROJECT), *c], capture_output=True, text=True, check=True).stdout.strip()
             for c in commands
         )
     except (OSError, subprocess.CalledProcessError):

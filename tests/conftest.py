@@ -9,7 +9,8 @@ import torch
 from torch import nn
 
 from samlib import CNN, MLP, Objective, RunConfig, RunStore, Transformer
-from samlib.datasets import FILES, _problem
+from samlib.datasets import SOURCES
+from samlib.datasets.files import problem as file_problem
 from samlib.experiments import cross_entropy, mean_squared_error
 from samlib.objective import flatten_parameters
 
@@ -19,7 +20,7 @@ REAL_DATA = Path(os.environ.get("SAMLIB_DATA", ROOT / "data"))
 
 
 def pytest_collection_modifyitems(items):
-    missing = [f.path for files in FILES.values() for f in files if _problem(REAL_DATA / f.path, f)]
+    missing = [f.path for s in SOURCES.values() for f in s.files if file_problem(REAL_DATA / f.path, f)]
     for item in items:
         if item.get_closest_marker("gpu") and not torch.cuda.is_available():
             item.add_marker(pytest.mark.skip(reason="no CUDA device"))
@@ -32,7 +33,7 @@ def _no_stray_files(monkeypatch, tmp_path):
     """Every test runs in its own folder, and finds no data set unless it asks for one."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.delenv("SAMLIB_DATA", raising=False)
-    monkeypatch.setattr("samlib.datasets.DATA_FOLDER", tmp_path / "data")
+    monkeypatch.setattr("samlib.datasets.files.DATA_FOLDER", tmp_path / "data")
 
 
 @pytest.fixture

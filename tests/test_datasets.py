@@ -5,14 +5,15 @@ import shutil
 import socket
 import threading
 import time
+from dataclasses import replace
 
 import numpy as np
 import pytest
 import torch
 
-from samlib import datasets as module
 from samlib import load_dataset
-from samlib.datasets import FILES, DataError, RemoteFile, locate
+from samlib.datasets import SOURCES, DataError, RemoteFile
+from samlib.datasets import files as module
 
 from .conftest import REAL_DATA
 
@@ -20,14 +21,13 @@ from .conftest import REAL_DATA
 @pytest.fixture(autouse=True)
 def _offline(monkeypatch):
     """No test reaches out: every address is a closed port, which answers at once."""
-    files = {
-        name: tuple(RemoteFile(f.path, f.algorithm, f.checksum, ("http://127.0.0.1:9/x",)) for f in listed)
-        for name, listed in FILES.items()
-    }
-    monkeypatch.setattr(module, "FILES", files)
-    archive = module.CIFAR10_ARCHIVE
-    closed = RemoteFile(archive.path, archive.algorithm, archive.checksum, ("http://127.0.0.1:9/x",))
-    monkeypatch.setattr(module, "CIFAR10_ARCHIVE", closed)
+
+    def closed(file):
+        return replace(file, urls=("http://127.0.0.1:9/x",))
+
+    for name, source in SOURCES.items():
+        archive = source.archive and closed(source.archive)
+        monkeypatch.setitem(SOURCES, name, replace(source, files=tuple(map(closed, source.files)), archive=archive))
 
 
 @pytest.fixture
@@ -57,7 +57,7 @@ def serve(monkeypatch, server, content, name="shakespeare"):
     server.content["/file"] = content
     url = f"http://127.0.0.1:{server.server_port}/file"
     file = RemoteFile("text/input.txt", "sha256", hashlib.sha256(content).hexdigest(), (url,))
-    monkeypatch.setitem(module.FILES, name, (file,))
+    monkeypatch.setitem(SOURCES, name, replace(SOURCES[name], files=(file,)))
     return file
 
 
@@ -66,9 +66,9 @@ TEXT = b"To be, or not to be, that is the question.\n" * 200
 
 def test_downloads_once_and_verifies(monkeypatch, server, tmp_path):
     file = serve(monkeypatch, server, TEXT)
-    assert locate("shakespeare")[0].read_bytes() == TEXT
+    assert SOURCES["shakespeare"].locate()[0].read_bytes() == TEXT
     server.content.clear()
-    assert locate("shakespeare")[0] == module.data_folders()[-1] / file.path
+    assert SOURCES["shakespeare"].locate()[0] == module.data_folders()[-1] / file.path
     dataset = load_dataset("shakespeare", policy="real", sequence_length=16)
     assert not dataset.standin
     assert not list(tmp_path.rglob("*.part"))
@@ -78,7 +78,7 @@ def test_a_download_with_the_wrong_checksum_is_never_used(monkeypatch, server, t
     serve(monkeypatch, server, TEXT)
     server.content["/file"] = TEXT[:-1]
     with pytest.raises(DataError, match=r"sent a file with sha256 [0-9a-f]+, expected"):
-        locate("shakespeare")
+        SOURCES["shakespeare"].locate()
     assert not list(tmp_path.rglob("input.txt"))
 
 
@@ -88,7 +88,7 @@ def test_damaged_files_are_downloaded_again(monkeypatch, server, damage):
     path = module.data_folders()[-1] / file.path
     path.parent.mkdir(parents=True)
     path.write_bytes(damage(TEXT))
-    assert locate("shakespeare")[0].read_bytes() == TEXT
+    assert SOURCES["shakespeare"].locate()[0].read_bytes() == TEXT
 
 
 def test_damaged_files_are_named_where_there_is_no_network(monkeypatch, server, tmp_path):
@@ -106,7 +106,7 @@ def test_damaged_files_are_named_where_there_is_no_network(monkeypatch, server, 
     assert (folder / file.path).read_bytes() == b"garbage"
 
 
-@pytest.mark.parametrize("name", FILES)
+@pytest.mark.parametrize("name", SOURCES)
 def test_no_network_is_said_and_auto_falls_back(name):
     with pytest.raises(DataError, match=rf"cannot load {name}: .*did not answer .*Set SAMLIB_DATA .*data='standin'"):
         load_dataset(name, policy="real")
@@ -120,7 +120,7 @@ def test_a_network_that_hangs_falls_back_in_time(monkeypatch):
     with socket.create_server(("127.0.0.1", 0)) as silent:
         url = f"http://127.0.0.1:{silent.getsockname()[1]}/x"
         file = RemoteFile("text/input.txt", "sha256", "0" * 64, (url,) * 50)
-        monkeypatch.setitem(module.FILES, "shakespeare", (file,))
+        monkeypatch.setitem(SOURCES, "shakespeare", replace(SOURCES["shakespeare"], files=(file,)))
         monkeypatch.setattr(module, "CONNECT_SECONDS", 0.2)
         started = time.monotonic()
         with pytest.warns(UserWarning, match="did not answer"):
@@ -146,8 +146,8 @@ def test_stand_ins_touch_neither_network_nor_files(monkeypatch):
     def forbidden(*_):
         raise AssertionError("touched")
 
-    monkeypatch.setattr(module, "locate", forbidden)
-    for name in FILES:
+    monkeypatch.setattr("samlib.datasets.base.locate", forbidden)
+    for name in SOURCES:
         assert load_dataset(name, 20, "standin").standin
 
 
@@ -182,7 +182,7 @@ def test_the_fingerprint_is_that_of_the_data_used():
     first, again = (load_dataset("mnist", 100, "standin").fingerprint for _ in range(2))
     assert first == again
     assert first != load_dataset("mnist", 101, "standin").fingerprint
-    assert len({load_dataset(name, 50, "standin").fingerprint for name in FILES}) == 3
+    assert len({load_dataset(name, 50, "standin").fingerprint for name in SOURCES}) == 3
 
 
 def test_bad_requests_are_named():

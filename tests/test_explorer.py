@@ -9,9 +9,10 @@ import pandas as pd
 import pytest
 import vl_convert
 
-from samlib import explorer, published_runs
+from samlib import published_runs
 from samlib.claims import last_half
 from samlib.figures import standard
+from samlib.site import explorer
 
 from .conftest import ROOT
 

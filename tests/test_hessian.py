@@ -8,8 +8,9 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from samlib import HessianOperator, power_iteration, top_eigenpairs
-from samlib.hessian import LowRank, extreme_eigenpairs, hutchinson_trace, least_change, spectral_density
-from samlib.models import plain
+from samlib.eigen import LowRank, extreme_eigenpairs, least_change
+from samlib.layers import plain
+from samlib.spectrum import hutchinson_trace, spectral_density
 
 from .conftest import PROBLEMS, problem
 

@@ -8,7 +8,7 @@ from torch.nn import functional as F
 
 from samlib import CNN, MLP, HessianOperator, Objective, RunConfig, Transformer, top_eigenpairs
 from samlib.experiments import Experiment, cross_entropy, mean_squared_error
-from samlib.models import LayerNorm, _MaxPool, _Normalize, gelu
+from samlib.layers import LayerNorm, _MaxPool, _Normalize, gelu
 from samlib.objective import flatten_parameters
 
 from .conftest import small_config

@@ -9,9 +9,10 @@ import pytest
 import yaml
 from PIL import Image
 
-from samlib import published_runs, sharing
-from samlib.book import execution_times, notebooks_in
+from samlib import published_runs
 from samlib.figures import card
+from samlib.site import sharing
+from samlib.site.build import execution_times, notebooks_in
 
 from .conftest import ROOT
 

@@ -8,7 +8,7 @@ from importlib.util import find_spec
 import pytest
 from bs4 import BeautifulSoup
 
-from samlib.browser import chromium, launch, serve, settle
+from samlib.site.browser import chromium, launch, serve, settle
 
 from .conftest import ROOT
 

@@ -17,11 +17,18 @@ import pandas as pd
 import pytest
 from typer.testing import CliRunner
 
-from samlib import sweep, sweep_report, sweep_run, train
+from samlib import train
 from samlib.cli import app
 from samlib.files import atomic_write
 from samlib.journal import PROGRESS, Journal, append, note, record
-from samlib.notebooks import NotebookError, Parameter, content_hash, execute, parameters
+from samlib.sweeps import engines as sweep_run
+from samlib.sweeps import planning as sweep
+from samlib.sweeps import progress
+from samlib.sweeps import report as sweep_report
+from samlib.sweeps.executing import execute
+from samlib.sweeps.notebooks import NotebookError, Parameter, content_hash, parameters
+from samlib.sweeps.points import Status, execute_point
+from samlib.sweeps.progress import Reporter
 
 from .conftest import ROOT, small_config
 
@@ -376,7 +383,7 @@ def test_a_point_that_another_process_executes_is_left_to_it(trivial, tmp_path):
         results = []
 
         def attempt(**how):
-            results.append(sweep.execute_point(planned, planned.points[0], stop=stop, **how))
+            results.append(execute_point(planned, planned.points[0], stop=stop, **how))
 
         for how in ({}, {"wait": True}):
             thread = threading.Thread(target=attempt, kwargs=how)
@@ -391,7 +398,7 @@ def test_a_missing_working_folder_fails_the_point_with_a_reason(trivial, tmp_pat
     planned = sweep.plan(trivial, tmp_path / "out", grid={"rate": [1]})
     planned.write()
     moved = sweep.Sweep(planned.notebook, planned.digest, planned.out, tmp_path / "gone", False, planned.points)
-    status = sweep.execute_point(moved, planned.points[0])
+    status = execute_point(moved, planned.points[0])
     assert (status.outcome, "start the sweep in a folder all nodes see" in status.error) == ("failed", True)
 
 
@@ -443,7 +450,7 @@ def test_progress_is_shown(terminal, trivial, tmp_path, monkeypatch, capsys):
     monkeypatch.setenv("COLUMNS", "120")
     planned = sweep.plan(trivial, tmp_path / "out", grid={"rate": [1, 2]})
     one, two = planned.points
-    reporter = sweep_run.Reporter(planned, every=-1)
+    reporter = Reporter(planned, every=-1)
     for point in planned.points:
         (planned.out / point.id).mkdir(parents=True)
         append(planned.out / point.id / "progress.jsonl", "attempt", number=1)
@@ -454,9 +461,9 @@ def test_progress_is_shown(terminal, trivial, tmp_path, monkeypatch, capsys):
             *(planned.out / one.id / "progress.jsonl", "step"), run="r", step=25, steps=100, loss=0.5, edge_ratio=1.04
         )
         reporter.update()
-        reporter.complete(two, sweep.Status("failed", error="ValueError", seconds=2))
+        reporter.complete(two, Status("failed", error="ValueError", seconds=2))
         reporter.update()
-        reporter.complete(one, sweep.Status("finished", seconds=2))
+        reporter.complete(one, Status("finished", seconds=2))
     shown = capsys.readouterr().err
     assert "rate=1.0" in shown
     assert "step 25/100, loss 0.5, edge ratio 1.040" in shown
@@ -485,12 +492,12 @@ def test_gpus_and_cores_are_shared_out(monkeypatch):
 
 def test_an_estimate_comes_from_executed_points(trivial, tmp_path):
     planned = sweep.plan(trivial, tmp_path / "out", grid={"rate": [1, 2, 3]})
-    assert sweep_run.estimate(planned) is None
+    assert progress.estimate(planned) is None
     folder = planned.out / planned.points[0].id
     atomic_write(folder / "status.json", b'{"outcome": "finished", "seconds": 10}')
     (folder / "executed.ipynb").touch()
-    assert sweep_run.estimate(planned, 2) == (10.0, "from 1 executed points")
-    assert [sweep_run.duration(s) for s in (5, 300, 7200)] == ["5 s", "5 min", "2.0 h"]
+    assert progress.estimate(planned, 2) == (10.0, "from 1 executed points")
+    assert [progress.duration(s) for s in (5, 300, 7200)] == ["5 s", "5 min", "2.0 h"]
 
 
 SMALL = ("--points=2", "--steps=600", "--width=16")
@@ -588,7 +595,7 @@ def test_a_sweep_of_several_runs_per_point_lists_them(trivial, tmp_path):
 
 
 def test_planning_needs_no_torch():
-    code = "import sys, samlib.cli, samlib.sweep, samlib.sweep_run; sys.exit('torch' in sys.modules)"
+    code = "import sys, samlib.cli, samlib.sweeps.planning, samlib.sweeps.engines; sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code]).returncode == 0
 
 

@@ -12,23 +12,21 @@ import hashlib
 import itertools
 import json
 import os
-import threading
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-import filelock
 import yaml
 
-from .files import atomic_write
-from .journal import PROGRESS, Journal, append
-from .notebooks import NotebookError, Parameter, Workers, content_hash, execute, parameters
+from ..files import atomic_write
+from .notebooks import NotebookError, Parameter, content_hash, parameters
+from .points import Point, Status, has_result, status_of
 
-__all__ = ["Point", "Status", "Sweep", "SweepError", "execute_point", "load", "plan", "read_config"]
+__all__ = ["Sweep", "SweepError", "load", "plan", "read_config"]
 
-RESULTS = ("finished", "diverged")  # outcomes that are not executed again
 _VERSION = 1
+
 _RANGES = ("linspace", "logspace", "geomspace")  # as NumPy defines them
 
 
@@ -37,39 +35,6 @@ class SweepError(ValueError):
 
     def __init__(self, *problems: str) -> None:
         super().__init__("\n".join(problems))
-
-
-@dataclass(frozen=True)
-class Point:
-    """One execution of the notebook: its id, a hash of notebook and parameters, and the parameters."""
-
-    id: str
-    params: dict[str, Any]
-
-    def __hash__(self) -> int:
-        return hash(self.id)
-
-
-@dataclass(frozen=True)
-class Status:
-    """How a point ended.
-
-    Attributes:
-        outcome: "finished"; "diverged" if a run in it did; "failed" if a cell raised; "killed" if its kernel died more
-            often than it was retried; "timed out".
-        runs: ids of the runs in it, completed or loaded, in order.
-        values: what the notebook passed to :func:`samlib.journal.record`.
-        seconds: wall time of the last attempt.
-        attempts: number of attempts of the last command.
-        error: the traceback or the end of the log.
-    """
-
-    outcome: str
-    runs: list[str] = field(default_factory=list)
-    values: dict[str, Any] = field(default_factory=dict)
-    seconds: float = 0.0
-    attempts: int = 1
-    error: str = ""
 
 
 @dataclass(frozen=True)
@@ -105,11 +70,11 @@ class Sweep:
 
     def status(self, point: Point) -> Status | None:
         """How a point ended, or None if it did not yet."""
-        return _status(self.out / point.id)
+        return status_of(self.out / point.id)
 
     def left(self) -> list[Point]:
         """The points without a result."""
-        return [p for p in self.points if not _has_result(self.out / p.id)]
+        return [p for p in self.points if not has_result(self.out / p.id)]
 
     def write(self) -> None:
         """Create the sweep's folder, or check that it holds this very sweep.
@@ -229,7 +194,7 @@ def _bad_runs(points: Sequence[Mapping[str, Any]], known: dict[str, Parameter]) 
     """The notebook trains a run: what is wrong with the runs' configurations, each problem once."""
     from pydantic import ValidationError
 
-    from .experiments import RunConfig, explain
+    from ..experiments import RunConfig, explain
 
     defaults = {name: parameter.default for name, parameter in known.items()}
     problems: dict[str, None] = {}
@@ -330,103 +295,3 @@ def load(out: str | os.PathLike[str]) -> Sweep:
     points = tuple(Point(**point) for point in content.pop("points"))
     notebook, cwd = Path(content.pop("notebook")), Path(content.pop("cwd"))
     return Sweep(notebook=notebook, out=out, cwd=cwd, points=points, **content)
-
-
-def _status(folder: Path) -> Status | None:
-    try:
-        return Status(**json.loads((folder / "status.json").read_text()))
-    except (OSError, ValueError, TypeError):
-        return None
-
-
-def _has_result(folder: Path) -> bool:
-    status = _status(folder)
-    return status is not None and status.outcome in RESULTS and (folder / "executed.ipynb").exists()
-
-
-def execute_point(
-    sweep: Sweep,
-    point: Point,
-    *,
-    timeout: float | None = None,
-    retries: int = 2,
-    env: Mapping[str, str] | None = None,
-    wait: bool = False,
-    stop: threading.Event | None = None,
-    workers: Workers | None = None,
-) -> Status | None:
-    """Execute one point, unless it has a result.
-
-    Args:
-        sweep: the plan, written.
-        point: one of its points.
-        timeout: seconds per attempt.
-        retries: further attempts after the kernel died.
-        env: additional environment variables of the kernel.
-        wait: wait for a point that another process is executing.
-        stop: set from another thread to give up.
-        workers: where to take the kernel's papermill process from.
-
-    Returns:
-        The status; None if it was stopped, or another process is executing it and ``wait`` is false.
-    """
-    folder = sweep.out / point.id
-    folder.mkdir(parents=True, exist_ok=True)
-    lock = filelock.FileLock(folder / "lock")
-    while True:
-        try:
-            lock.acquire(timeout=1 if wait else 0)
-            break
-        except filelock.Timeout:
-            if not wait or (stop and stop.is_set()):
-                return None
-    try:
-        if _has_result(folder):
-            return _status(folder)
-        status = _execute(sweep, point, folder, timeout, retries, env or {}, stop, workers)
-        if status:
-            atomic_write(folder / "status.json", json.dumps(asdict(status), indent=1).encode())
-        return status
-    finally:
-        lock.release()
-
-
-def _execute(
-    sweep: Sweep,
-    point: Point,
-    folder: Path,
-    timeout: float | None,
-    retries: int,
-    env: Mapping[str, str],
-    stop: threading.Event | None,
-    workers: Workers | None,
-) -> Status | None:
-    if not sweep.cwd.is_dir():
-        return Status("failed", error=f"there is no folder {sweep.cwd} here; start the sweep in a folder all nodes see")
-    atomic_write(folder / "params.json", json.dumps(point.params, indent=1).encode())
-    values = {**point.params, **({"store": str(sweep.out / "runs")} if sweep.store else {})}
-    progress = folder / "progress.jsonl"
-    for attempt in itertools.count(1):
-        append(progress, "attempt", number=attempt)
-        journal = Journal(progress, skip=True)
-        done = execute(
-            sweep.out / "notebook.ipynb",
-            folder / "executed.ipynb",
-            values,
-            sweep.cwd,
-            folder / "log.txt",
-            timeout=timeout,
-            env={**env, PROGRESS: str(progress)},
-            stop=stop,
-            workers=workers,
-        )
-        if done.outcome == "stopped":
-            return None
-        if done.outcome != "killed" or attempt > retries:
-            break
-    events = journal.read()
-    runs = {e["run"]: e["outcome"] for e in events if e["event"] == "done"}
-    recorded = {name: value for e in events if e["event"] == "record" for name, value in e["values"].items()}
-    diverged = done.outcome == "finished" and "diverged" in runs.values()
-    outcome = "diverged" if diverged else done.outcome
-    return Status(outcome, list(runs), recorded, done.seconds, attempt, done.error)

@@ -122,6 +122,6 @@ def _finish(app: Any, error: Exception | None) -> None:
     # 1.5 MB on every page, to draw a few icons that the theme's style sheet also has as a font.
     (static / "scripts" / "fontawesome.js").write_text("// The icons come from the font in ../vendor/fontawesome.\n")
     if app.builder.name == "singlehtml":
-        return  # one long page for printing, whose links `samlib.book.pdf` mends
+        return  # one long page for printing, whose links `samlib.site.build.pdf` mends
     for fault in faults(Path(app.outdir)):
         logging.getLogger(__name__).warning(fault)

@@ -1,127 +1,14 @@
-"""The three networks of the paper, as in its public reference code (google-deepmind/sam_edge)."""
+"""Layers whose second derivatives cost one pass, and the same networks in PyTorch's own operations."""
 
 from __future__ import annotations
 
 import math
-from itertools import pairwise
-from typing import TypeVar
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-__all__ = ["CNN", "MLP", "Transformer", "plain"]
-
-_Layer = TypeVar("_Layer", nn.Linear, nn.Conv2d)
-
-
-class MLP(nn.Sequential):
-    """Fully connected ReLU network: ``depth`` linear layers, ``width`` units in each hidden one.
-
-    Maps (B, …) to (B, classes). Glorot-normal weights, zero biases.
-
-    Args:
-        inputs: number of input features, after flattening.
-        width: units in each hidden layer.
-        depth: number of linear layers (4 in the paper: three hidden ones).
-        classes: number of outputs.
-    """
-
-    def __init__(self, inputs: int = 784, width: int = 1000, depth: int = 4, classes: int = 10) -> None:
-        sizes = [inputs] + [width] * (depth - 1) + [classes]
-        layers: list[nn.Module] = [nn.Flatten()]
-        for fan_in, fan_out in pairwise(sizes):
-            layers += [_glorot(nn.Linear(fan_in, fan_out)), nn.ReLU()]
-        super().__init__(*layers[:-1])
-
-
-class CNN(nn.Sequential):
-    """Convolutional network: blocks of [3×3 same conv → ReLU → LayerNorm over channels → 2×2 max-pool], then linear.
-
-    Maps images (B, C, H, W) to (B, classes). Glorot-normal weights, zero biases.
-
-    Args:
-        image: (C, H, W) of the images.
-        channels: channels of each block.
-        classes: number of outputs.
-    """
-
-    def __init__(
-        self, image: tuple[int, int, int] = (3, 32, 32), channels: tuple[int, ...] = (16, 32), classes: int = 10
-    ) -> None:
-        before, height, width = image
-        layers: list[nn.Module] = []
-        for after in channels:
-            conv = _glorot(nn.Conv2d(before, after, 3, padding="same"))
-            layers += [conv, nn.ReLU(), LayerNorm(after, dim=1), MaxPool()]
-            before, height, width = after, height // 2, width // 2
-        super().__init__(*layers, nn.Flatten(), _glorot(nn.Linear(before * height * width, classes)))
-
-
-class Transformer(nn.Module):
-    """Pre-LayerNorm causal language model with learned positions and an untied output layer.
-
-    Maps tokens (B, T) to logits (B, T, vocabulary). Weights come from a normal distribution truncated at two standard
-    deviations, of variance 2/(layers · fan_in); embeddings have standard deviation 0.02.
-
-    Args:
-        vocabulary: number of tokens (128: ASCII).
-        length: longest sequence T.
-        width: model size D.
-        layers: number of blocks.
-        heads: attention heads.
-        key_size: size of keys, queries and values in each head.
-        widening: hidden units of the MLP per unit of ``width``.
-    """
-
-    def __init__(
-        self,
-        vocabulary: int = 128,
-        length: int = 64,
-        width: int = 128,
-        layers: int = 6,
-        heads: int = 8,
-        key_size: int = 32,
-        widening: int = 4,
-    ) -> None:
-        super().__init__()
-        self.embed = nn.Embedding(vocabulary, width)
-        self.position = nn.Parameter(torch.empty(length, width))
-        for weight in (self.embed.weight, self.position):
-            _truncated_normal(weight, 0.02)
-        self.blocks = nn.Sequential(*(_Block(width, heads, key_size, widening, layers) for _ in range(layers)))
-        self.norm = LayerNorm(width)
-        self.head = _scaled(nn.Linear(width, vocabulary), layers)
-
-    def forward(self, tokens: Tensor) -> Tensor:
-        x_BTD = self.embed(tokens) + self.position[: tokens.shape[1]]
-        return self.head(self.norm(self.blocks(x_BTD)))
-
-
-class _Block(nn.Module):
-    def __init__(self, width: int, heads: int, key_size: int, widening: int, layers: int) -> None:
-        super().__init__()
-        self.heads, self.activation = heads, gelu
-        self.norm1, self.norm2 = LayerNorm(width), LayerNorm(width)
-        self.query, self.key, self.value = (_scaled(nn.Linear(width, heads * key_size), layers) for _ in range(3))
-        self.out = _scaled(nn.Linear(heads * key_size, width), layers)
-        self.up = _scaled(nn.Linear(width, widening * width), layers)
-        self.down = _scaled(nn.Linear(widening * width, width), layers)
-
-    def forward(self, x_BTD: Tensor) -> Tensor:
-        x_BTD = x_BTD + self.attend(self.norm1(x_BTD))
-        return x_BTD + self.down(self.activation(self.up(self.norm2(x_BTD))))
-
-    def attend(self, x_BTD: Tensor) -> Tensor:
-        # Written out because the fused kernels have no second derivative.
-        q_BHTK, k_BHTK, v_BHTK = (
-            f(x_BTD).unflatten(-1, (self.heads, -1)).transpose(1, 2) for f in (self.query, self.key, self.value)
-        )
-        length = x_BTD.shape[1]
-        future_TT = torch.ones(length, length, dtype=torch.bool, device=x_BTD.device).triu(1)
-        scores_BHTT = (q_BHTK / math.sqrt(q_BHTK.shape[-1])) @ k_BHTK.mT
-        weights_BHTT = scores_BHTT.masked_fill(future_TT, -math.inf).softmax(-1)
-        return self.out((weights_BHTT @ v_BHTK).transpose(1, 2).flatten(2))
+__all__ = ["LayerNorm", "MaxPool", "gelu", "plain"]
 
 
 class LayerNorm(nn.Module):
@@ -279,6 +166,7 @@ def gelu(x: Tensor) -> Tensor:
 
 # The argument of σ in GELU is A·x + B·x³.
 _A = 2 * math.sqrt(2 / math.pi)
+
 _B = _A * 0.044715
 
 
@@ -314,22 +202,3 @@ class _GeluBackward(torch.autograd.Function):
             s2 = slope * ((1 - 2 * s) * z1.square() + z2)
             ctx.second = (2 * slope * z1 + x * s2) * h
         return u * first, u * ctx.second, None
-
-
-def _glorot(layer: _Layer) -> _Layer:
-    nn.init.xavier_normal_(layer.weight)
-    if layer.bias is not None:
-        nn.init.zeros_(layer.bias)
-    return layer
-
-
-def _scaled(layer: nn.Linear, layers: int) -> nn.Linear:
-    _truncated_normal(layer.weight, math.sqrt(2 / (layers * layer.in_features)))
-    nn.init.zeros_(layer.bias)
-    return layer
-
-
-def _truncated_normal(weight: Tensor, std: float) -> None:
-    # Truncation at ±2 shrinks the standard deviation to 0.8796; dividing by it restores the one asked for.
-    std /= 0.87962566103423978
-    nn.init.trunc_normal_(weight, std=std, a=-2 * std, b=2 * std)

@@ -16,9 +16,9 @@ from torch import Tensor
 from torch.nn import functional as F
 from torch.utils import deterministic
 
-from .datasets import DataPolicy, Dataset, load_dataset
-from .models import CNN, MLP, Transformer
-from .objective import Kernel, Loss, Objective, compiled_kernel, flatten_parameters
+from ..datasets import DataPolicy, Dataset, load_dataset
+from ..models import CNN, MLP, Transformer
+from ..objective import Kernel, Loss, Objective, compiled_kernel, flatten_parameters
 
 __all__ = ["EXPERIMENTS", "PROFILES", "Experiment", "RunConfig", "exact_on_cuda", "explain", "grid", "profile_settings"]
 

@@ -13,17 +13,18 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import pandas as pd
 
-from .files import atomic_write
-from .notebooks import execute
-from .sweep import RESULTS, Point, Status, Sweep, load
+from ..files import atomic_write
+from .executing import execute
+from .planning import Sweep, load
+from .points import RESULTS, Point, Status
 
 if TYPE_CHECKING:
-    from .figures import Figure
-    from .runs import RunStore
+    from ..figures import Figure
+    from ..runs import RunStore
 
 __all__ = ["ReportError", "axes", "heatmap", "heatmaps", "links", "report", "table"]
 
-_PAGE = Path(__file__).parents[1] / "notebooks" / "sweep_report.ipynb"
+_PAGE = Path(__file__).with_suffix(".ipynb")
 _MEASURED = {
     "edge_ratio_late": "Edge ratio, median over the last half of training",
     "edge_ratio": "Edge ratio at the end of training",
@@ -52,7 +53,7 @@ def table(folder: str | os.PathLike[str]) -> pd.DataFrame:
     sweep = load(folder)
     store = None
     if any(status and status.runs for status in map(sweep.status, sweep.points)):
-        from .runs import RunStore
+        from ..runs import RunStore
 
         store = RunStore(sweep.out / "runs")
     return pd.DataFrame([_row(sweep, point, store) for point in sweep.points])
@@ -161,7 +162,7 @@ def heatmap(frame: pd.DataFrame, column: str, over: Sequence[str]) -> Figure:
     import matplotlib as mpl
     import seaborn as sns
 
-    from .figures import drawing
+    from ..figures import drawing
 
     across, up = over[0], over[1] if len(over) > 1 else None
     further = list(over[2:])

@@ -16,8 +16,8 @@ from typing import Any
 
 import nbformat
 
-from .figures import card, typical
-from .runs import published_runs
+from ..figures import card, typical
+from ..runs import published_runs
 
 __all__ = ["clean_downloads", "configure", "files_of_data", "stage_card"]
 

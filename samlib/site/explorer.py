@@ -17,10 +17,10 @@ import numpy as np
 import pandas as pd
 from IPython.display import HTML
 
-from .claims import last_half
-from .experiments import PROFILES
-from .figures import COLOURS, LABELS, NAMES, changed, command, leading
-from .runs import Run
+from ..claims import last_half
+from ..experiments import PROFILES
+from ..figures import COLOURS, LABELS, NAMES, changed, command, leading
+from ..runs import Run
 
 __all__ = ["MOST_POINTS", "cells", "explore", "groups", "overview", "thin", "trajectories"]
 

@@ -1,18 +1,10 @@
-"""The paper's figures, from recorded runs, as inline SVG that follows the page's theme.
-
-Each function returns a :class:`Figure`: a picture with alternative text, its data as CSV, and the runs behind it.
-One colour means one quantity everywhere; the palette is safe for colour-blind readers and holds on light and dark.
-"""
+"""The paper's figures, from recorded runs."""
 
 from __future__ import annotations
 
-import base64
 import html
 import io
-import re
-from collections import Counter
-from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
+from collections.abc import Sequence
 from typing import Any
 
 import matplotlib as mpl
@@ -25,179 +17,26 @@ from IPython.display import HTML
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure as Canvas
 
-from .experiments import RunConfig
-from .runs import Run
+from ..runs import Run
+from .selection import changed, grouped, leading, ordered, tidy
+from .style import COLOURS, FOREGROUND, LABELS, STYLE, Figure, drawing, key, plain_log, render
 
 __all__ = [
-    "COLOURS",
-    "Figure",
+    "NAMES",
     "alignments",
     "banner",
     "beside",
     "card",
-    "changed",
-    "drawing",
     "edge_ratios",
     "eigenvalues",
     "evaluation",
     "final_table",
     "headline",
-    "leading",
     "losses",
     "norms_and_edges",
-    "render",
-    "standard",
-    "tidy",
-    "typical",
-    "with_spectrum",
 ]
 
-_FOREGROUND = "#010203"  # becomes the page's text colour
-
-COLOURS = {
-    "operator_norm": "#3a87c8",
-    "sam_edge": "#e2661a",
-    "gd_edge": "#8a8a8a",
-    "loss": "#1b9e77",
-    "test_metric": "#1b9e77",
-    "grad_alignment": "#a08a1f",
-    "sam_grad_alignment": "#b55fa8",
-}
 NAMES = {"mnist": "MNIST", "cifar10": "CIFAR-10", "shakespeare": "tiny_shakespeare"}
-LABELS = {
-    "operator_norm": "operator norm ‖H‖",
-    "sam_edge": "SAM edge",
-    "gd_edge": "GD edge 2/η",
-    "loss": "training loss",
-    "grad_alignment": "gradient",
-    "sam_grad_alignment": "SAM gradient",
-    "edge_ratio": "‖H‖ / edge",
-}
-_STYLE: Any = {
-    **dict.fromkeys(("text.color", "axes.labelcolor", "axes.edgecolor", "xtick.color", "ytick.color"), _FOREGROUND),
-    "figure.facecolor": "none",
-    "axes.facecolor": "none",
-    "savefig.facecolor": "none",
-    "axes.spines.top": False,
-    "axes.spines.right": False,
-    "axes.grid": True,
-    "grid.color": _FOREGROUND,
-    "grid.alpha": 0.12,
-    "grid.linewidth": 0.6,
-    "font.size": 10,
-    "axes.titlesize": 10,
-    "lines.linewidth": 1.6,
-    "svg.fonttype": "none",
-    "axes.formatter.use_mathtext": False,
-    "axes.unicode_minus": True,
-}
-
-
-@dataclass(frozen=True)
-class Figure:
-    """A picture for a notebook or a page; shown as HTML.
-
-    Attributes:
-        svg: the drawing.
-        alt: what it shows, for readers who cannot see it.
-        caption: the line under it.
-        data: what is drawn, one row per point.
-        runs: the runs behind it.
-        name: file name of the data, without extension.
-    """
-
-    svg: str
-    alt: str
-    caption: str
-    data: pd.DataFrame
-    runs: tuple[Run, ...]
-    name: str
-
-    def _repr_html_(self) -> str:
-        csv = base64.b64encode(self.data.to_csv(index=False, float_format="%.6g").encode()).decode()
-        ids = ", ".join(f"<code>{run.id}</code>" for run in self.runs)
-        commands = sorted({command(run) for run in self.runs})
-        shown = "\n".join(commands[:3]) + (f"\n… and {len(commands) - 3} more" if len(commands) > 3 else "")
-        origin = (
-            f"<details><summary>{len(self.runs)} run{'s' * (len(self.runs) > 1)} behind this figure</summary>"
-            f"<p>{ids}</p><pre>{html.escape(shown)}</pre></details>"
-            if self.runs
-            else ""
-        )
-        link = f'<a download="{self.name}.csv" href="data:text/csv;base64,{csv}">Data (CSV)</a>'
-        return (
-            f'<figure class="samlib-figure"><div style="overflow-x:auto">{self.svg}</div>'
-            f"<figcaption><p>{self.caption}</p>{link}{origin}</figcaption></figure>"
-        )
-
-
-def command(run: Run) -> str:
-    """The command that reproduces a run."""
-    config = run.config
-    text = (
-        f"samlib run {config.experiment} --profile {config.profile} --learning-rate {config.learning_rate!r} "
-        f"--rho {config.rho!r} --seed {config.seed}"
-    )
-    return text + "".join(f" --set {setting}" for setting in changed(run))
-
-
-def changed(run: Run) -> list[str]:
-    """The settings of a run, as "name=value", that differ from those of its profile."""
-    named = ("experiment", "profile", "learning_rate", "rho", "seed", "device", "data", "compiled")
-    usual = RunConfig.model_validate({name: getattr(run.config, name) for name in named}).model_dump()
-    return [f"{name}={value}" for name, value in run.config.model_dump().items() if value != usual[name]]
-
-
-def render(canvas: Canvas, alt: str) -> str:
-    """A Matplotlib figure as inline SVG: transparent, in the page's text colour, with an accessible name."""
-    buffer = io.StringIO()
-    with mpl.rc_context({"svg.hashsalt": alt}):
-        canvas.savefig(buffer, format="svg", bbox_inches="tight", pad_inches=0.05, metadata={"Date": None})
-    svg = buffer.getvalue()
-    svg = svg[svg.index("<svg") :].replace(_FOREGROUND, "currentColor")
-    svg = re.sub(r"<metadata>.*?</metadata>", "", svg, flags=re.DOTALL)
-    width = int(canvas.get_figwidth() * 72)
-    opening = re.match(r"<svg[^>]*>", svg)
-    assert opening
-    box = re.search(r'viewBox="[^"]*"', opening[0])
-    assert box
-    label = html.escape(alt, quote=True)
-    size = f"width:100%;min-width:{min(width, 640)}px;max-width:{width * 1.5:.0f}px;height:auto"
-    head = f'<svg role="img" aria-label="{label}" {box[0]} style="{size}"'
-    head += ' xmlns="http://www.w3.org/2000/svg" xmlns:xlink="http://www.w3.org/1999/xlink">'
-    return re.sub(r"\n\s*", "\n", head + svg[opening.end() :])
-
-
-def standard(runs: Sequence[Run], profile: str | None = None) -> list[Run]:
-    """The runs of a profile, by default the leading one, with its own settings: those that make up the published grid.
-
-    Of a setting recorded on two kinds of device, the one on which more was recorded counts.
-    """
-    profile = profile or leading(runs)
-    chosen = [run for run in runs if run.config.profile == profile and not changed(run)]
-    recorded = Counter(run.config.device for run in chosen)
-    chosen.sort(key=lambda run: recorded[run.config.device])
-    return _sorted({(run.config.learning_rate, run.config.rho, run.config.seed): run for run in chosen}.values())
-
-
-def leading(runs: Sequence[Run]) -> str:
-    """The profile that speaks for an experiment: the paper's, once a whole grid of it is published; else "reduced"."""
-    grid = {(run.config.learning_rate, run.config.rho) for run in standard(runs, "paper")}
-    rates, rhos = ({point[axis] for point in grid} for axis in (0, 1))
-    whole = len(rates) >= 3 and len(rhos) >= 4 and 0.0 in rhos and len(grid) == len(rates) * len(rhos)
-    return "paper" if whole else "reduced"
-
-
-def typical(runs: Sequence[Run]) -> Run | None:
-    """The run that tells the story: SAM at η = 0.3 and ρ = 0.1, or the standard run nearest to that; None of none."""
-    done = [run for run in standard(runs) if run.config.rho and run.outcome == "finished"]
-    distance = [(abs(r.config.learning_rate - 0.3), abs(r.config.rho - 0.1), r.config.seed) for r in done]
-    return done[distance.index(min(distance))] if done else None
-
-
-def with_spectrum(runs: Sequence[Run]) -> list[Run]:
-    """The runs that recorded more than one eigenvalue."""
-    return [run for run in runs if run.config.eigenvalues > 1]
 
 
 def beside(runs: Sequence[Run]) -> list[Figure]:
@@ -221,17 +60,6 @@ def banner(*groups: Sequence[Run]) -> HTML:
         for name in names
     )
     return HTML(text)
-
-
-def tidy(runs: Sequence[Run], *columns: str) -> pd.DataFrame:
-    """Chosen columns of several runs in one table, with the run's id, learning rate, rho and seed on every row."""
-    frames = [
-        run.measurements.reindex(columns=["step", *columns]).assign(
-            run_id=run.id, learning_rate=run.config.learning_rate, rho=run.config.rho, seed=run.config.seed
-        )
-        for run in runs
-    ]
-    return pd.concat(frames, ignore_index=True)
 
 
 def norms_and_edges(runs: Sequence[Run], gd: bool = True) -> Figure:
@@ -303,7 +131,7 @@ def eigenvalues(runs: Sequence[Run]) -> Figure:
 
 def edge_ratios(runs: Sequence[Run]) -> Figure:
     """``edge_ratio`` through training for a whole grid: one panel per learning rate, one line per ρ."""
-    shown = _sorted(runs)
+    shown = ordered(runs)
     rates = sorted({run.config.learning_rate for run in shown})
     rhos = sorted({run.config.rho for run in shown})
     tones = {0.0: COLOURS["gd_edge"]} | {
@@ -311,18 +139,18 @@ def edge_ratios(runs: Sequence[Run]) -> Figure:
         for rho, c in zip([r for r in rhos if r], sns.color_palette("flare", sum(r > 0 for r in rhos)), strict=True)
     }
     data = tidy(shown, "edge_ratio")
-    with mpl.rc_context(_STYLE):
+    with mpl.rc_context(STYLE):
         canvas = Canvas(figsize=(3.4 * len(rates) + 0.6, 3), layout="constrained")
         axes = canvas.subplots(1, len(rates), squeeze=False, sharey=True)[0]
         for axis, rate in zip(axes, rates, strict=True):
             part = data[data.learning_rate == rate]
             for rho in rhos:
                 _band(axis, part[part.rho == rho], "edge_ratio", tones[rho])
-            axis.axhline(1, color=_FOREGROUND, linewidth=0.8, linestyle=(0, (4, 3)))
+            axis.axhline(1, color=FOREGROUND, linewidth=0.8, linestyle=(0, (4, 3)))
             axis.set(title=f"η = {rate:g}", xlabel="step", yscale="log")
-            _plain_log(axis)
+            plain_log(axis)
         axes[0].set_ylabel(LABELS["edge_ratio"])
-        _key(canvas, {f"ρ = {rho:g}" + (" (GD)" if rho == 0 else ""): tones[rho] for rho in rhos})
+        key(canvas, {f"ρ = {rho:g}" + (" (GD)" if rho == 0 else ""): tones[rho] for rho in rhos})
         alt = "Line charts of the operator norm divided by the edge during training, for every run of the grid"
         svg = render(canvas, f"{alt}. {_where(shown)}")
     caption = (
@@ -351,7 +179,7 @@ def evaluation(runs: Sequence[Run]) -> Figure:
 def final_table(runs: Sequence[Run]) -> pd.DataFrame:
     """Final loss, sharpness and test metric per (η, ρ): mean over seeds ± half the range."""
     rows = []
-    for (rate, rho), group in _groups(runs):
+    for (rate, rho), group in grouped(runs):
         row: dict[str, object] = {"η": f"{rate:g}", "ρ": f"{rho:g}", "seeds": len(group)}
         finished = [run for run in group if run.outcome == "finished"]
         row["diverged"] = len(group) - len(finished)
@@ -370,34 +198,9 @@ def final_table(runs: Sequence[Run]) -> pd.DataFrame:
     return pd.DataFrame(rows)
 
 
-def drawing(
-    draw: Callable[[Canvas], pd.DataFrame],
-    size: tuple[float, float],
-    name: str,
-    alt: str,
-    caption: str,
-    runs: Sequence[Run] = (),
-) -> Figure:
-    """A figure of one's own in the book's style.
-
-    Args:
-        draw: draws on an empty Matplotlib figure and returns what it drew as a table.
-        size: width and height in inches.
-        name: file name of the data, without extension.
-        alt: what the picture shows.
-        caption: the line under it.
-        runs: the runs behind it, if any.
-    """
-    with mpl.rc_context(_STYLE):
-        canvas = Canvas(figsize=size, layout="constrained")
-        data = draw(canvas)
-        svg = render(canvas, alt)
-    return Figure(svg, alt, caption, data, tuple(runs), name)
-
-
 def card(run: Run | None, title: str) -> bytes:
     """A PNG of 1200 × 630 pixels with a title and the story of a run, for links from other sites."""
-    with mpl.rc_context({**_STYLE, "figure.facecolor": "white", "savefig.facecolor": "white", "font.size": 16}):
+    with mpl.rc_context({**STYLE, "figure.facecolor": "white", "savefig.facecolor": "white", "font.size": 16}):
         canvas = Canvas(figsize=(12, 6.3), dpi=100, layout="constrained")
         canvas.suptitle(title, fontsize=30, weight="bold", wrap=True)
         if run:
@@ -445,7 +248,7 @@ def _story(axis: Axes, frame: pd.DataFrame, size: float = 1) -> None:
             fontsize=11 * size,
         )
     axis.set(yscale="log", xlabel="step", ylabel="curvature")
-    _plain_log(axis)
+    plain_log(axis)
 
 
 def _panels(
@@ -464,12 +267,12 @@ def _panels(
     """One panel per (η, ρ), learning rates down and rhos across, as the paper lays them out."""
     if not runs:
         raise ValueError("no runs to draw: the grid has no run of the kind this figure shows")
-    shown = _sorted(runs)
+    shown = ordered(runs)
     colours, labels = {**COLOURS, **(colours or {})}, {**LABELS, **(labels or {})}
-    groups = dict(_groups(shown))
+    groups = dict(grouped(shown))
     rates, rhos = (sorted({key[i] for key in groups}) for i in (0, 1))
     data = tidy(shown, *quantities)
-    with mpl.rc_context(_STYLE):
+    with mpl.rc_context(STYLE):
         size = (max(2.5 * len(rhos) + 0.7, 4.6), 1.9 * len(rates) + 0.8)
         canvas = Canvas(figsize=size, layout="constrained")
         axes = canvas.subplots(len(rates), len(rhos), squeeze=False, sharex=True, sharey=share_y)
@@ -490,14 +293,14 @@ def _panels(
                 axis.text(0.97, 0.95, note, transform=axis.transAxes, ha="right", va="top", fontsize=8)
             if log:
                 axis.set_yscale("log")
-                _plain_log(axis)
+                plain_log(axis)
             else:
                 axis.set_ylim(0, 1)
         for axis in axes[-1]:
             axis.set_xlabel("step")
         for row in axes:
             row[0].set_ylabel(ylabel)
-        _key(canvas, {labels[quantity]: colours[quantity] for quantity in quantities})
+        key(canvas, {labels[quantity]: colours[quantity] for quantity in quantities})
         svg = render(canvas, f"{alt}. {_where(shown)}")
     return Figure(svg, alt, caption + _bands_note(shown), data, tuple(shown), name)
 
@@ -508,42 +311,6 @@ def _band(axis: Axes, data: pd.DataFrame, quantity: str, colour: str) -> None:
     median = by_step.median()
     axis.plot(median.index, median, color=colour, linestyle=(0, (5, 2)) if quantity == "gd_edge" else "-")
     axis.fill_between(median.index, by_step.min(), by_step.max(), color=colour, alpha=0.25, linewidth=0)
-
-
-def _key(canvas: Canvas, entries: dict[str, str]) -> None:
-    """Names in their colours above the panels: a legend that needs no swatches to be looked up."""
-    handles = [mpl.lines.Line2D([], [], color=c, linewidth=2.4) for c in entries.values()]
-    canvas.legend(
-        handles,
-        list(entries),
-        labelcolor=list(entries.values()),
-        loc="outside upper left",
-        ncols=len(entries),
-        frameon=False,
-        handlelength=1.2,
-        columnspacing=1.4,
-        prop={"weight": "bold", "size": 10},
-    )
-
-
-def _plain_log(axis: Axes) -> None:
-    """Plain numbers on a logarithmic axis, few of them."""
-    axis.yaxis.set_major_formatter(mpl.ticker.StrMethodFormatter("{x:g}"))
-    low, high = axis.get_ylim()
-    if high / low < 1000:
-        axis.yaxis.set_major_locator(mpl.ticker.LogLocator(subs=(1, 2, 5) if high / low < 50 else (1, 3)))
-    axis.yaxis.set_minor_formatter(mpl.ticker.NullFormatter())
-
-
-def _sorted(runs: Iterable[Run]) -> list[Run]:
-    return sorted(runs, key=lambda run: (run.config.learning_rate, run.config.rho, run.config.seed))
-
-
-def _groups(runs: Sequence[Run]) -> list[tuple[tuple[float, float], list[Run]]]:
-    groups: dict[tuple[float, float], list[Run]] = {}
-    for run in _sorted(runs):
-        groups.setdefault((run.config.learning_rate, run.config.rho), []).append(run)
-    return list(groups.items())
 
 
 def _where(runs: Sequence[Run]) -> str:

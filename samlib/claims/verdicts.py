@@ -18,9 +18,9 @@ from typing import Literal
 import numpy as np
 import pandas as pd
 
-from .experiments import PROFILES
-from .figures import NAMES, leading, standard
-from .runs import Run, atomic_write, published_path, published_runs
+from ..experiments import PROFILES
+from ..figures import NAMES, leading, standard
+from ..runs import Run, atomic_write, published_path, published_runs
 
 __all__ = [
     "CLAIMS",

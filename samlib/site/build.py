@@ -13,8 +13,9 @@ from typing import Any
 
 import yaml
 
+from ..sweeps.executing import execute
+from ..sweeps.notebooks import parameters
 from . import browser
-from .notebooks import execute, parameters
 from .sharing import clean_downloads, configure, files_of_data, stage_card
 
 __all__ = ["BookError", "build", "execution_times", "notebooks_in", "pdf"]

@@ -1,0 +1,45 @@
+"""Pictures and tables of recorded runs, for notebooks and pages."""
+
+from .panels import (
+    NAMES,
+    alignments,
+    banner,
+    beside,
+    card,
+    edge_ratios,
+    eigenvalues,
+    evaluation,
+    final_table,
+    headline,
+    losses,
+    norms_and_edges,
+)
+from .selection import changed, command, leading, standard, tidy, typical, with_spectrum
+from .style import COLOURS, LABELS, Figure, drawing, render
+
+__all__ = [
+    "COLOURS",
+    "LABELS",
+    "NAMES",
+    "Figure",
+    "alignments",
+    "banner",
+    "beside",
+    "card",
+    "changed",
+    "command",
+    "drawing",
+    "edge_ratios",
+    "eigenvalues",
+    "evaluation",
+    "final_table",
+    "headline",
+    "leading",
+    "losses",
+    "norms_and_edges",
+    "render",
+    "standard",
+    "tidy",
+    "typical",
+    "with_spectrum",
+]
