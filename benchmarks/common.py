@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from samlib import RunConfig
-from samlib.experiments import Experiment
+from samlib.experiments.task import Task
 from samlib.objective import pure_loss
 from samlib.optim import sam_step
 from samlib.training import commit, processor
@@ -34,10 +34,10 @@ NETS: dict[str, tuple[RunConfig, int, int]] = {
 }
 
 
-def trajectory(name: str, count: int) -> tuple[Experiment, list[tuple[int, Tensor]]]:
+def trajectory(name: str, count: int) -> tuple[Task, list[tuple[int, Tensor]]]:
     """The experiment, and ``count`` points (step, parameters) of its training by SAM."""
     config, first, every = NETS[name]
-    experiment = Experiment(config, config.load_dataset())
+    experiment = Task(config)
     params, points = experiment.initial_parameters(), []
     for step in range(first + every * (count - 1) + 1):
         if step >= first and (step - first) % every == 0:
@@ -68,7 +68,7 @@ def _finish() -> None:
         torch.cuda.synchronize()
 
 
-def stack_speedup(experiment: Experiment, runs: int, repeats: int = 5) -> float:
+def stack_speedup(experiment: Task, runs: int, repeats: int = 5) -> float:
     """Time of SAM steps of several runs, one after the other, over that of one step of all of them, by ``vmap``."""
     config, objective = experiment.config, experiment.objective(0)
     gradient = torch.func.grad(pure_loss(experiment.model, experiment.loss))

@@ -26,7 +26,7 @@ from common import NETS, record, side_by_side, stack_speedup, trajectory
 from torch import Tensor
 
 from samlib import SAM, HessianOperator, RunConfig
-from samlib.experiments import Experiment
+from samlib.experiments.task import Task
 from samlib.optim import sam_perturb, sam_step
 from samlib.training import measure
 
@@ -136,7 +136,7 @@ def grids(steps: int = 150) -> dict[str, Any]:
 
     def train(config: RunConfig) -> None:
         torch.set_num_threads(1)
-        experiment = Experiment(config, config.load_dataset())
+        experiment = Task(config)
         objective, params = experiment.objective(0), experiment.initial_parameters()
         for _ in range(steps):
             params = sam_step(objective.gradient, params, config.learning_rate, config.rho)
@@ -153,14 +153,14 @@ def grids(steps: int = 150) -> dict[str, Any]:
             parallel(joblib.delayed(train)(config) for _ in range(cores))
             seconds = time.perf_counter() - started
         result[name] = {"share_of_matmul_rate": 2 * steps * cores * one / seconds / matmul_rate()}
-        result[name]["stack_speedup"] = stack_speedup(Experiment(config, data), 12)
+        result[name]["stack_speedup"] = stack_speedup(Task(config, data), 12)
     return result
 
 
 def measuring(rho: float, learning_rate: float) -> float:
     """Time of the measurements over that of the steps, MNIST quick, measured every 25 steps."""
     config = RunConfig(experiment="mnist", device="cpu", learning_rate=learning_rate, rho=rho)
-    experiment = Experiment(config, config.load_dataset())
+    experiment = Task(config)
     objective, params, model = experiment.objective(0), experiment.initial_parameters(), None
     spent = {"steps": 0.0, "measurements": 0.0}
     for step in range(301):
@@ -177,7 +177,7 @@ def measuring(rho: float, learning_rate: float) -> float:
 def product_memory(examples: int) -> dict[str, Any]:
     """Peak memory of a process that takes one product of the full MNIST objective at width 1,000."""
     config = RunConfig(experiment="mnist", profile="paper", device="cpu", learning_rate=0.1, rho=0.1, examples=examples)
-    experiment = Experiment(config, config.load_dataset())
+    experiment = Task(config)
     params = experiment.initial_parameters()
     HessianOperator(experiment.objective(0), params) @ params
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
@@ -210,7 +210,7 @@ def scaling() -> dict[str, Any]:
         for value in values:
             more = {"examples": value} if axis == "examples" else {"examples": 1000, "width": value}
             config = RunConfig(experiment="mnist", device="cpu", learning_rate=0.1, rho=0.1, **more)
-            experiment = Experiment(config, config.load_dataset())
+            experiment = Task(config)
             objective, params = experiment.objective(0), experiment.initial_parameters()
             operator = HessianOperator(objective, params)
             calls = {

@@ -26,7 +26,7 @@ from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import FlopCounterMode
 
 from samlib import HessianOperator, Objective, RunConfig
-from samlib.experiments import Experiment, exact_on_cuda
+from samlib.experiments.task import Task, exact_on_cuda
 from samlib.layers import plain
 from samlib.objective import compiled_kernel, pure_loss
 from samlib.optim import sam_step
@@ -66,7 +66,7 @@ def floor(call: Callable[[], Any], flops_per_second: float, bytes_per_second: fl
 
 def network(config: RunConfig, speed: tuple[float, float]) -> dict[str, Any]:
     """Every call in each of its forms: seconds, and in floors."""
-    experiment = Experiment(config, config.load_dataset())
+    experiment = Task(config)
     objective, params = experiment.objective(0), experiment.initial_parameters()
     x, y = objective.inputs, objective.targets
     vector = torch.randn(len(params), generator=torch.Generator().manual_seed(0)).to(params)
@@ -108,7 +108,7 @@ def network(config: RunConfig, speed: tuple[float, float]) -> dict[str, Any]:
     return result
 
 
-def peers(experiment: Experiment, objective: Objective, params: Tensor, vector: Tensor) -> dict[str, Callable[[], Any]]:
+def peers(experiment: Task, objective: Objective, params: Tensor, vector: Tensor) -> dict[str, Callable[[], Any]]:
     """A product by other tools, those that are there; both rebuild or keep graphs in their own way."""
     model = plain(type(experiment)(experiment.config, experiment.dataset).model)
     torch.nn.utils.vector_to_parameters(params, model.parameters())
@@ -140,7 +140,7 @@ def grids(device: str, runs: int, steps: int) -> dict[str, Any]:
 
     def train(config: RunConfig) -> tuple[float, float]:
         """When training began, with the data at hand, and when it ended."""
-        experiment = Experiment(config, config.load_dataset())
+        experiment = Task(config)
         params = sam_step(experiment.objective(0).gradient, experiment.initial_parameters(), 0.0, config.rho)
         params.sum().item()
         began = time.time()
@@ -159,7 +159,7 @@ def grids(device: str, runs: int, steps: int) -> dict[str, Any]:
             with joblib.Parallel(4) as parallel:
                 for _ in range(2):  # the first time starts the processes
                     begins, ends = zip(*parallel(joblib.delayed(train)(small) for _ in range(4)), strict=True)
-            stacked = stack_speedup(Experiment(small, small.load_dataset()), runs, 3)
+            stacked = stack_speedup(Task(small), runs, 3)
             together = max(ends) - min(begins)
             result[f"{name} {profile}"] = {"stack_speedup": stacked, "four_processes_speedup": in_turn / together}
             print(f"{name} {profile}", result[f"{name} {profile}"], flush=True)

@@ -29,10 +29,10 @@ _HOME = {
     "Transformer": "models",
     "Dataset": "datasets",
     "load_dataset": "datasets",
-    "RunConfig": "experiments",
+    "RunConfig": "config",
     "Run": "runs",
     "RunStore": "runs",
-    "grid": "experiments",
+    "grid": "config",
     "published_runs": "runs",
     "train": "training",
     "train_grid": "training",
@@ -40,10 +40,10 @@ _HOME = {
 __all__ = sorted(_HOME)
 
 if TYPE_CHECKING:
+    from .config import RunConfig, grid
     from .datasets import Dataset, load_dataset
     from .edges import gd_edge, growth_factor, sam_edge, two_cycle_radius
     from .eigen import EigenResult, power_iteration, top_eigenpairs
-    from .experiments import RunConfig, grid
     from .hessian import HessianOperator
     from .models import CNN, MLP, Transformer
     from .objective import Objective

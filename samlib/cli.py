@@ -313,7 +313,7 @@ def _config(settings: dict[str, Any]) -> Any:
     """A RunConfig, or a ValueError with one line per bad setting."""
     from pydantic import ValidationError
 
-    from .experiments import RunConfig, explain
+    from .config import RunConfig, explain
 
     try:
         return RunConfig(**settings)

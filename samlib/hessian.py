@@ -7,7 +7,7 @@ from torch import Tensor
 
 from .objective import Objective
 
-__all__ = ["HessianOperator"]
+__all__ = ["HessianOperator", "ScaledOperator"]
 
 
 class HessianOperator:
@@ -29,7 +29,8 @@ class HessianOperator:
         self.matvecs = 0
         self.shape = (objective.size, objective.size)
         self.dtype, self.device = params.dtype, params.device
-        self._params = params.detach().requires_grad_()
+        self.params = params.detach().clone()
+        self._params = self.params.clone().requires_grad_()
         self._gradients: list[Tensor] = []
         if objective.retain_graph:
             losses = []
@@ -60,3 +61,14 @@ class HessianOperator:
         return torch.zeros_like(vector) if product is None else product
 
     __matmul__ = matvec
+
+
+class ScaledOperator:
+    """temporary"""
+
+    def __init__(self, operator, scale) -> None:
+        self.operator, self.root = operator, scale.sqrt()
+        self.shape, self.dtype, self.device = operator.shape, operator.dtype, operator.device
+
+    def __matmul__(self, vector):
+        return self.root * (self.operator @ (self.root * vector))

@@ -18,8 +18,9 @@ import pandas as pd
 import torch
 from pydantic import ValidationError
 
-from .experiments import RunConfig, explain
+from .config import RunConfig
 from .files import PROJECT, atomic_write
+from .settings import explain
 
 __all__ = [
     "Run",
@@ -46,9 +47,10 @@ class Run:
     Attributes:
         id: :meth:`RunConfig.identity` of configuration and data.
         config: what was asked for.
-        measurements: one row per measured step, see :func:`samlib.training.measure` for the columns.
+        measurements: one row per measured step, see :func:`samlib.observables.edge` for the columns.
         outcome: "finished", or "diverged" at the step of the last row, where all but the loss is NaN.
         provenance: versions, device, threads, data set and fingerprint, seconds, gradients and products computed.
+        path: what was read at every step, one row per step, or None if nothing was.
     """
 
     id: str
@@ -56,6 +58,7 @@ class Run:
     measurements: pd.DataFrame
     outcome: Outcome
     provenance: dict[str, Any]
+    path: pd.DataFrame | None = None
 
     @property
     def last(self) -> pd.Series:
@@ -67,10 +70,9 @@ class Run:
         line = f"{config.experiment} η={config.learning_rate:g} ρ={config.rho:g} seed {config.seed}"
         if self.outcome == "diverged":
             return f"{self.id}  diverged at step {last.step:.0f}  {line}"
-        edge = "sam_edge" if config.rho else "gd_edge"
         return (
             f"{self.id}  finished  {line}: loss {last.loss:.4g}, operator norm {last.operator_norm:.4g}, "
-            f"{edge} {last[edge]:.4g}, edge ratio {last.edge_ratio:.3f}, test metric {last.test_metric:.4g}"
+            f"edge {last.edge:.4g}, edge ratio {last.edge_ratio:.3f}, test metric {last.test_metric:.4g}"
         )
 
 
@@ -129,13 +131,15 @@ class RunStore:
         try:
             status = json.loads((folder / "status.json").read_text())
             content = (folder / "measurements.parquet").read_bytes()
-            config = RunConfig(**json.loads((folder / "config.json").read_text()))
-            if _checksum(content, status["outcome"], status["provenance"]) != status["sha256"]:
-                raise ValueError("measurements.parquet or status.json does not match the checksum")
+            config = stored_config(json.loads((folder / "config.json").read_text()))
+            path = (folder / "path.parquet").read_bytes() if status.get("path") else b""
+            if _checksum(content + path, status["outcome"], status["provenance"]) != status["sha256"]:
+                raise ValueError("measurements.parquet, path.parquet or status.json does not match the checksum")
             if config.identity(status["provenance"]["fingerprint"]) != run_id:
                 raise ValueError("config.json does not belong to this run")
-            measurements = pd.read_parquet(io.BytesIO(content))
-            return Run(run_id, config, measurements, status["outcome"], status["provenance"])
+            measurements = _with_edge(pd.read_parquet(io.BytesIO(content)))
+            steps = pd.read_parquet(io.BytesIO(path)) if path else None
+            return Run(run_id, config, measurements, status["outcome"], status["provenance"], steps)
         except (FileNotFoundError, ValueError, KeyError, TypeError) as error:
             aside = self._set_aside(folder)
             reason = "; ".join(explain(error)) if isinstance(error, ValidationError) else error
@@ -145,17 +149,19 @@ class RunStore:
     def save(self, run: Run) -> None:
         """Store a completed run and drop its checkpoint."""
         folder = self.folder(run.id)
-        buffer = io.BytesIO()
-        run.measurements.to_parquet(buffer, index=False)
-        content = buffer.getvalue()
+        content = _parquet(run.measurements)
+        path = _parquet(run.path) if run.path is not None else b""
         status = {
             "outcome": run.outcome,
             "step": int(run.last.step),
-            "sha256": _checksum(content, run.outcome, run.provenance),
+            "sha256": _checksum(content + path, run.outcome, run.provenance),
             "provenance": run.provenance,
+            **({"path": True} if path else {}),
         }
         atomic_write(folder / "config.json", run.config.model_dump_json(indent=1).encode())
         atomic_write(folder / "measurements.parquet", content)
+        if path:
+            atomic_write(folder / "path.parquet", path)
         atomic_write(folder / "status.json", json.dumps(status, indent=1).encode())
         (folder / "checkpoint.pt").unlink(missing_ok=True)
 
@@ -194,6 +200,24 @@ class RunStore:
         with suppress(FileNotFoundError):  # another process was faster
             path.rename(aside)
         return aside
+
+
+def stored_config(settings: dict[str, Any]) -> RunConfig:
+    """The configuration of a record. A reader's own experiment may have changed since, or be elsewhere."""
+    if settings.get("source"):
+        return RunConfig.model_validate(settings, context={"stored": True})
+    return RunConfig(**settings)
+
+
+def _parquet(frame: pd.DataFrame) -> bytes:
+    buffer = io.BytesIO()
+    frame.to_parquet(buffer, index=False)
+    return buffer.getvalue()
+
+
+def _with_edge(rows: pd.DataFrame) -> pd.DataFrame:
+    """Records from before there was more than one rule have the SAM edge alone."""
+    return rows if "edge" in rows or "sam_edge" not in rows else rows.assign(edge=rows.sam_edge)
 
 
 def _checksum(measurements: bytes, outcome: str, provenance: dict[str, Any]) -> str:
@@ -253,7 +277,17 @@ def _merge(runs: list[Run], path: Path) -> list[Run]:
     buffer = io.BytesIO()
     pq.write_table(table.replace_schema_metadata({_RUNS_KEY: json.dumps(about).encode()}), buffer, compression="zstd")
     atomic_write(path, buffer.getvalue())
+    steps = [run.path.assign(run_id=run.id) for run in ordered if run.path is not None]
+    if steps:
+        buffer = io.BytesIO()
+        pd.concat(steps, ignore_index=True).to_parquet(buffer, index=False, compression="zstd")
+        atomic_write(_paths_beside(path), buffer.getvalue())
     return ordered
+
+
+def _paths_beside(published: Path) -> Path:
+    """Where what was read at every step of published runs is kept."""
+    return published.with_suffix(".paths.parquet")
 
 
 def load_published(path: str | os.PathLike[str]) -> list[Run]:
@@ -271,10 +305,13 @@ def load_published(path: str | os.PathLike[str]) -> list[Run]:
     except (OSError, KeyError, ValueError, pa.ArrowException) as error:
         raise StoreError(f"{path} is not a file of published runs ({error})") from None
     rows = dict(iter(table.to_pandas().groupby("run_id", sort=False)))
+    beside = _paths_beside(Path(path))
+    paths = dict(iter(pd.read_parquet(beside).groupby("run_id", sort=False))) if beside.exists() else {}
     runs = []
     for run_id, run in about.items():
-        config = RunConfig(**run["config"])
+        config = stored_config(run["config"])
         frame = rows[run_id].drop(columns=["run_id", "profile", "learning_rate", "rho", "seed"])
         frame = frame.dropna(axis=1, how="all").reset_index(drop=True)
-        runs.append(Run(run_id, config, frame, run["outcome"], run["provenance"]))
+        steps = paths[run_id].drop(columns="run_id").reset_index(drop=True) if run_id in paths else None
+        runs.append(Run(run_id, config, _with_edge(frame), run["outcome"], run["provenance"], steps))
     return runs

@@ -7,7 +7,8 @@ import torch
 from torch.nn import functional as F
 
 from samlib import CNN, MLP, HessianOperator, Objective, RunConfig, Transformer, top_eigenpairs
-from samlib.experiments import Experiment, cross_entropy, mean_squared_error
+from samlib.experiments import cross_entropy, mean_squared_error
+from samlib.experiments.task import Task
 from samlib.layers import LayerNorm, _MaxPool, _Normalize, gelu
 from samlib.objective import flatten_parameters
 
@@ -200,7 +201,7 @@ def test_initial_loss_gradient_and_sharpness_lie_within_the_spread_of_an_indepen
     reference = np.array([numpy_reference(seed, x, y) for seed in range(10)])
     ours = []
     for seed in range(10):
-        experiment = Experiment(small_config(seed=seed, dtype="float64"), dataset)
+        experiment = Task(small_config(seed=seed, dtype="float64"), dataset)
         operator = HessianOperator(experiment.objective(0), experiment.initial_parameters())
         norm = top_eigenpairs(operator, 1, "LM", tol=1e-3).values.abs().item()
         ours.append((operator.value.item(), operator.gradient.norm().item(), norm))
@@ -217,7 +218,7 @@ def test_cifar10_starts_where_the_reference_starts():
     rows = []
     for seed in range(5):
         config = RunConfig(experiment="cifar10", profile="paper", examples=400, learning_rate=1e-3, rho=0, seed=seed)
-        experiment = Experiment(config, config.load_dataset())
+        experiment = Task(config)
         operator = HessianOperator(experiment.objective(0), experiment.initial_parameters())
         rows.append((operator.value.item(), operator.gradient.norm().item(), top_eigenpairs(operator).values.item()))
     loss, norm, sharpness = np.mean(rows, 0)
@@ -235,13 +236,13 @@ def test_losses_in_closed_form():
 def test_models_are_functions_of_the_seed_alone():
     dataset = small_config().load_dataset()
     torch.manual_seed(1)
-    first = Experiment(small_config(), dataset).initial_parameters()
+    first = Task(small_config(), dataset).initial_parameters()
     torch.manual_seed(2)
     state = torch.get_rng_state()
-    second = Experiment(small_config(), dataset).initial_parameters()
+    second = Task(small_config(), dataset).initial_parameters()
     assert torch.equal(first, second)
     assert torch.equal(state, torch.get_rng_state())
-    assert not torch.equal(first, Experiment(small_config(seed=1), dataset).initial_parameters())
-    objective = Experiment(small_config(), dataset).objective(0)
+    assert not torch.equal(first, Task(small_config(seed=1), dataset).initial_parameters())
+    objective = Task(small_config(), dataset).objective(0)
     assert isinstance(objective, Objective)
     assert flatten_parameters(objective.model).shape == first.shape

@@ -22,9 +22,11 @@ from samlib import (
     top_eigenpairs,
     train,
     train_grid,
-    training,
+    trajectory,
 )
-from samlib.experiments import Experiment, cross_entropy, mean_squared_error
+from samlib.experiments import cross_entropy, mean_squared_error
+from samlib.experiments.task import Task
+from samlib.observables import measure
 from samlib.training import OutOfTime
 
 from .conftest import ROOT, small_config, small_language_config
@@ -64,7 +66,7 @@ def test_the_loop_trains_as_a_plain_pytorch_loop_does():
 def test_each_row_agrees_with_a_dense_hessian():
     config = small_config(dtype="float64", width=4, depth=2, eigenvalues=3, tolerance=1e-8, steps=10, measure_every=10)
     run = train(config)
-    experiment = Experiment(config, config.load_dataset())
+    experiment = Task(config)
     w = experiment.initial_parameters()
     objective = experiment.objective(0)
     hessian = torch.autograd.functional.hessian(lambda w: sum(objective.chunk_losses(w)), w)
@@ -88,13 +90,13 @@ def test_each_row_agrees_with_a_dense_hessian():
 
 def test_the_test_metric_is_the_fraction_of_wrong_labels_or_the_mean_loss():
     config = small_config()
-    experiment = Experiment(config, config.load_dataset())
+    experiment = Task(config)
     params = experiment.initial_parameters()
     outputs = experiment.model(experiment.dataset.test_inputs).argmax(1)
     wrong = (outputs != experiment.dataset.test_targets).float().mean().item()
     assert experiment.test_metric(params) == pytest.approx(wrong)
     config = small_language_config()
-    experiment = Experiment(config, config.load_dataset())
+    experiment = Task(config)
     inputs, targets = experiment.dataset.test_inputs, experiment.dataset.test_targets
     expected = cross_entropy(experiment.model(inputs), targets).item()
     assert experiment.test_metric(experiment.initial_parameters()) == pytest.approx(expected, rel=1e-5)
@@ -105,7 +107,7 @@ def test_tracked_values_are_those_of_a_cold_start(kind):
     """Warm starts along a run hide no eigenvalue: at each measured step an independent solve finds the same norm."""
     config = CONFIGS[kind](steps=40, measure_every=10)
     rows = train(config).measurements.set_index("step")
-    experiment = Experiment(config, config.load_dataset())
+    experiment = Task(config)
     w = experiment.initial_parameters()
     for step in range(41):
         if step in rows.index:
@@ -137,7 +139,7 @@ def test_first_and_last_points_are_measured_and_eigenvalues_counted():
 
 def test_mini_batches_differ_by_step_and_cover_an_epoch():
     config = small_language_config()
-    experiment = Experiment(config, config.load_dataset())
+    experiment = Task(config)
     batches = [experiment.objective(step).inputs for step in range(12)]
     seen, times = torch.cat(batches).unique(dim=0, return_counts=True)
     for sequence, count in zip(seen, times, strict=True):  # a sequence may occur several times in the text itself
@@ -171,7 +173,7 @@ def test_a_finished_run_is_loaded_not_trained(store, monkeypatch):
     def forbidden(*_):
         raise AssertionError("trained again")
 
-    monkeypatch.setattr(training, "_train", forbidden)
+    monkeypatch.setattr("samlib.training.Trajectory", forbidden)
     again = train(small_config(), store)
     pd.testing.assert_frame_equal(again.measurements, run.measurements)
 
@@ -194,9 +196,9 @@ def test_stopping_at_a_deadline_and_continuing_changes_nothing(kind, store):
 
 SCRIPT = """
 import sys
-from samlib import RunStore, train, training
+from samlib import RunStore, train, trajectory
 from tests.conftest import small_config, small_language_config
-training.CHECKPOINT_SECONDS = 0.0
+trajectory.CHECKPOINT_SECONDS = 0.0
 config = {config}
 def report(config, row):
     print(int(row["step"]), flush=True)
@@ -291,7 +293,7 @@ def test_looking_at_the_loss_less_often_changes_no_record(settings, monkeypatch)
     """On a GPU each look waits for the device."""
     config = small_config(**settings, steps=60)
     often = train(config)
-    monkeypatch.setattr(training, "CHECK_EVERY", {"cpu": 50})
+    monkeypatch.setattr(trajectory, "CHECK_EVERY", {"cpu": 50})
     seldom = train(config)
     assert often.outcome == seldom.outcome == ("diverged" if settings else "finished")
     pd.testing.assert_frame_equal(values(often), values(seldom), check_exact=True)
@@ -310,15 +312,15 @@ NETWORKS = {
 def test_float32_sees_the_sharpness_of_float64(network, device):
     """At ten points of a trajectory, each from its own precision's measurement before, as in training."""
     config = NETWORKS[network](dtype="float64", tolerance=1e-6)
-    exact = Experiment(config, config.load_dataset())
-    rough = Experiment(NETWORKS[network](dtype="float32", device=device), config.load_dataset())
-    params, models = exact.initial_parameters(), [None, None]
+    exact = Task(config)
+    rough = Task(NETWORKS[network](dtype="float32", device=device), config.load_dataset())
+    params, memories = exact.initial_parameters(), ({}, {})
     for step in range(50):
         if step % 5 == 0:
             pair = []
             for i, experiment in enumerate((exact, rough)):
                 w = params.to(rough.initial_parameters()) if experiment is rough else params
-                row, models[i] = training.measure(experiment.objective(step), w, experiment.config, step, models[i])
+                row = measure(experiment, w, step, memories[i])
                 pair.append(row["operator_norm"])
             assert pair[1] == pytest.approx(pair[0], rel=1e-3)
         params = sam_step(exact.objective(step).gradient, params, config.learning_rate, config.rho)

@@ -26,7 +26,7 @@ def _python_topics() -> str:
     return text.encode("ascii", "ignore").decode()
 
 
-def _sequences(text: str, examples: int | None, label: str, length: int = 64) -> tuple[list[np.ndarray], Tensors]:
+def _sequences(text: str, examples: int | None, label: str, sequence_length: int) -> tuple[list[np.ndarray], Tensors]:
     """Consecutive, disjoint sequences of ASCII codes and their successors; the last 10,000 lines are the test set.
 
     A text of under 20,000 lines gives a quarter of them to the test set instead.
@@ -36,8 +36,8 @@ def _sequences(text: str, examples: int | None, label: str, length: int = 64) ->
 
     def tokens(part: list[str]) -> tuple[Tensor, Tensor]:
         codes = torch.frombuffer(bytearray("".join(part).encode("ascii")), dtype=torch.uint8).long()
-        count = (len(codes) - 1) // length
-        return codes[: count * length].view(count, length), codes[1 : count * length + 1].view(count, length)
+        used = (len(codes) - 1) // sequence_length * sequence_length
+        return codes[:used].view(-1, sequence_length), codes[1 : used + 1].view(-1, sequence_length)
 
     inputs, targets = tokens(lines[:-held_out])
     count = take(len(inputs), examples, label)

@@ -7,7 +7,7 @@ from collections.abc import Iterable, Sequence
 
 import pandas as pd
 
-from ..experiments import RunConfig
+from ..config import RunConfig
 from ..runs import Run
 
 __all__ = ["changed", "command", "grouped", "leading", "ordered", "standard", "tidy", "typical", "with_spectrum"]

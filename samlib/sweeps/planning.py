@@ -194,7 +194,7 @@ def _bad_runs(points: Sequence[Mapping[str, Any]], known: dict[str, Parameter]) 
     """The notebook trains a run: what is wrong with the runs' configurations, each problem once."""
     from pydantic import ValidationError
 
-    from ..experiments import RunConfig, explain
+    from ..config import RunConfig, explain
 
     defaults = {name: parameter.default for name, parameter in known.items()}
     problems: dict[str, None] = {}

@@ -126,8 +126,8 @@ def estimate(sweep: Sweep, jobs: int = 1) -> tuple[float, str] | None:
     known = parameters(sweep.notebook)
     if not left or known is None or not {"experiment", "learning_rate", "rho"} <= known.keys():
         return None
+    from ..config import RunConfig
     from ..datasets import DataError
-    from ..experiments import RunConfig
 
     defaults = {name: parameter.default for name, parameter in known.items()}
     timed: dict[str, tuple[float, float]] = {}
@@ -152,20 +152,19 @@ def _time(config: Any, threads: int) -> tuple[float, float]:
     """Seconds of a step and of a measurement."""
     import torch
 
-    from ..experiments import Experiment
-    from ..training import _update, measure
+    from ..experiments.task import Task
+    from ..trajectory import Trajectory
 
     before = torch.get_num_threads()
     torch.set_num_threads(threads)
     try:
-        experiment = Experiment(config, config.load_dataset())
-        objective, params = experiment.objective(0), experiment.initial_parameters()
-        _, model = measure(objective, params, config, 0)  # the first ones also warm up
-        steps = [_seconds(lambda: _update(objective, params, config)) for _ in range(4)][1:]
-        measurements = [_seconds(lambda: measure(objective, params, config, 1, model)) for _ in range(2)]
+        trajectory = Trajectory("", Task(config))
+        trajectory.advance({"every": 0.0})  # the first ones also warm up
+        steps = [_seconds(lambda: trajectory.advance({})) for _ in range(4)][1:]
+        measured = [_seconds(lambda: trajectory.advance({"every": 0.0})) for _ in range(2)]
     finally:
         torch.set_num_threads(before)
-    return min(steps), min(measurements)
+    return min(steps), max(0.0, min(measured) - min(steps))
 
 
 def _seconds(call: Callable[[], Any]) -> float:

@@ -1,0 +1,202 @@
+"""A reader's own experiment: a Python file, or ``package.module:function``, that says what is trained.
+
+The function, ``build`` in a file, returns a dictionary: ``model`` (a module), ``loss`` (outputs, targets → mean loss),
+``train`` and ``test`` (pairs of inputs and targets), and, if wanted, ``metric`` (all test outputs and targets → a
+number, lower is better). Its arguments, all with defaults, are the experiment's own settings.
+"""
+
+from __future__ import annotations
+
+import functools
+import hashlib
+import importlib
+import importlib.util
+import inspect
+import sys
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from types import ModuleType
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+from pydantic import create_model
+from torch import Tensor, nn
+from torch.utils import _pytree as pytree
+
+from ..datasets import Dataset
+from ..settings import Settings
+from .base import PROFILES, Experiment
+
+if TYPE_CHECKING:
+    from ..config import RunConfig
+
+__all__ = ["is_own", "own_experiment"]
+
+_SCALE = {"examples": None, "steps": 500, "measure_every": 20}
+_PARTS = ("model", "loss", "train", "test")
+
+
+def is_own(name: str) -> bool:
+    """Whether a name means an experiment outside of this package."""
+    return name.endswith(".py") or ":" in name
+
+
+def own_experiment(name: str) -> Experiment:
+    """The experiment of a file or function of one's own.
+
+    Raises:
+        ValueError: if there is no such file or function, or it cannot be used; the message says why.
+    """
+    build, source = _function(name)
+    settings = _settings(name, build)
+    parts = functools.lru_cache(maxsize=2)(lambda given: _call(name, build, dict(given)))
+
+    def made(config: RunConfig) -> dict[str, Any]:
+        return parts(tuple(sorted((key, getattr(config, key)) for key in settings.model_fields)))
+
+    def load(config: RunConfig) -> Dataset:
+        return _dataset(name, made(config), config)
+
+    def model(config: RunConfig, _: Dataset) -> nn.Module:
+        # Anew, under the run's seed: the first call was for the data.
+        return _call(name, build, {key: getattr(config, key) for key in settings.model_fields})["model"]
+
+    def metric(config: RunConfig) -> Callable[[Iterable[tuple[Any, Any]]], float]:
+        function = made(config).get("metric") or made(config)["loss"]
+
+        def joined(chunks: Iterable[tuple[Any, Any]]) -> float:
+            outputs, targets = zip(*chunks, strict=True)
+            return float(function(_join(outputs), _join(targets)))
+
+        return joined
+
+    title = Path(name.partition(":")[0]).stem
+    profiles = dict.fromkeys(PROFILES, _SCALE)
+    return Experiment(
+        name,
+        title,
+        load,
+        model,
+        lambda config: made(config)["loss"],
+        metric,
+        "test metric",
+        settings,
+        profiles,
+        source=source,
+    )
+
+
+def _function(name: str) -> tuple[Callable[..., Any], str]:
+    """The function, and SHA-256 of the file that it stands in."""
+    place, _, attribute = name.rpartition(":") if ":" in name and not name.endswith(".py") else (name, "", "build")
+    if place.endswith(".py"):
+        path = Path(place)
+        if not path.is_file():
+            raise ValueError(f"experiment {name}: there is no file {path.absolute()}; give the path of a Python file")
+        source = hashlib.sha256(path.read_bytes()).hexdigest()
+        module = _from_file(name, path, source)
+    else:
+        try:
+            module = importlib.import_module(place)
+        except Exception as error:
+            raise ValueError(f"experiment {name}: {place} cannot be imported ({_reason(error)})") from None
+        source = hashlib.sha256(Path(module.__file__ or "").read_bytes()).hexdigest() if module.__file__ else ""
+    build = getattr(module, attribute, None)
+    if not callable(build):
+        raise ValueError(f"experiment {name}: there is no function {attribute} in it; define {attribute}()")
+    return build, source
+
+
+def _from_file(name: str, path: Path, source: str) -> ModuleType:
+    """The module of a file, executed once for each content; its folder can be imported from, as for a script."""
+    title = f"samlib_own_{source[:16]}"
+    if title in sys.modules:
+        return sys.modules[title]
+    spec = importlib.util.spec_from_file_location(title, path)
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[title] = module
+    folder = str(path.absolute().parent)
+    sys.path.insert(0, folder)
+    try:
+        spec.loader.exec_module(module)
+    except Exception as error:
+        del sys.modules[title]
+        raise ValueError(f"experiment {name} cannot be read: {_reason(error)}") from None
+    finally:
+        sys.path.remove(folder)
+    return module
+
+
+def _settings(name: str, build: Callable[..., Any]) -> type[Settings]:
+    fields: dict[str, Any] = {}
+    for parameter in inspect.signature(build).parameters.values():
+        if parameter.kind in (parameter.VAR_KEYWORD, parameter.VAR_POSITIONAL):
+            continue
+        if parameter.default is parameter.empty:
+            raise ValueError(f"experiment {name}: {parameter.name} has no default; give it one")
+        fields[parameter.name] = (type(parameter.default), parameter.default)
+    return create_model("OwnSettings", __base__=Settings, **fields)
+
+
+def _call(name: str, build: Callable[..., Any], settings: dict[str, Any]) -> dict[str, Any]:
+    try:
+        parts = build(**settings)
+    except Exception as error:
+        raise ValueError(f"experiment {name} raised {_reason(error)}") from None
+    if not isinstance(parts, dict) or not set(_PARTS) <= parts.keys():
+        wanted = f"a dictionary with {', '.join(_PARTS)}"
+        got = f"a dictionary with {', '.join(parts)}" if isinstance(parts, dict) else f"{type(parts).__name__}"
+        raise ValueError(f"experiment {name} must return {wanted}, got {got}")
+    if not isinstance(parts["model"], nn.Module):
+        raise ValueError(f"experiment {name}: model must be a torch.nn.Module, got {type(parts['model']).__name__}")
+    for key in ("loss", "metric"):
+        if key in parts and not callable(parts[key]):
+            raise ValueError(f"experiment {name}: {key} must be a function of outputs and targets, got {parts[key]!r}")
+    for key in ("train", "test"):
+        if not isinstance(parts[key], (tuple, list)) or len(parts[key]) != 2:
+            raise ValueError(f"experiment {name}: {key} must be a pair of inputs and targets")
+    return parts
+
+
+def _dataset(name: str, parts: dict[str, Any], config: RunConfig) -> Dataset:
+    tensors = [_tensors(name, key, half) for key in ("train", "test") for half in parts[key]]
+    for key, inputs, targets in (("train", *tensors[:2]), ("test", *tensors[2:])):
+        lengths = {len(t) for t in pytree.tree_leaves((inputs, targets))}
+        if len(lengths) != 1 or 0 in lengths:
+            raise ValueError(f"experiment {name}: {key} must hold as many targets as inputs, got {sorted(lengths)}")
+    available = len(pytree.tree_leaves(tensors[0])[0])
+    if config.examples is not None:
+        if config.examples > available:
+            raise ValueError(f"asked for {config.examples} training examples, but {name} has {available}")
+        tensors[:2] = [pytree.tree_map(lambda t: t[: config.examples], part) for part in tensors[:2]]
+    digest = hashlib.sha256()
+    for tensor in pytree.tree_leaves(tensors):
+        digest.update(f"{tensor.dtype}{tuple(tensor.shape)}".encode())
+        digest.update(tensor.contiguous().flatten().view(torch.uint8).numpy().tobytes())
+    x, y, x_test, y_test = tensors
+    return Dataset(name, x, y, x_test, y_test, False, digest.hexdigest())
+
+
+def _tensors(name: str, key: str, part: Any) -> Any:
+    """Tensors of what was given, finite."""
+
+    def tensor(value: Any) -> Tensor:
+        if not isinstance(value, Tensor | np.ndarray):
+            raise ValueError(f"experiment {name}: {key} must hold tensors, got {type(value).__name__}")
+        made = torch.as_tensor(value).detach().cpu()
+        if made.is_floating_point() and not bool(made.isfinite().all()):
+            raise ValueError(f"experiment {name}: {key} holds values that are not finite")
+        return made
+
+    return pytree.tree_map(tensor, part)
+
+
+def _join(parts: tuple[Any, ...]) -> Any:
+    return pytree.tree_map(lambda *tensors: torch.cat(tensors), *parts)
+
+
+def _reason(error: Exception) -> str:
+    return f"{type(error).__name__}: {error}".splitlines()[0]

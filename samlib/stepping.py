@@ -1,0 +1,123 @@
+"""One step of a run: the closure that an optimizer steps with, on the flat parameter vector."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from .hessian import HessianOperator
+from .objective import Objective
+from .rules import PLAIN, RULES
+
+if TYPE_CHECKING:
+    from .config import RunConfig
+    from .experiments.training_mode import TrainingMode
+
+__all__ = ["Closure", "Step", "base_alone", "descent_from", "take"]
+
+OFF = ("rho", "strength")  # of a parameter group: zero means the base alone
+
+
+class Closure:
+    """What an optimizer steps with: called, it sets the gradient at the parameters as they are, and returns the loss.
+
+    Rules that need more than a gradient find here the objective of the step, which knows where each parameter lies in
+    the flat vector, and the network's outputs.
+
+    Args:
+        objective: the loss that the step descends, in evaluation mode.
+        params: the flat vector (P,).
+        known: the Hessian of this very loss at w, whose gradient need not be computed again.
+        training: what training mode adds to the network.
+        step: number of updates so far.
+
+    Attributes:
+        losses, gradients: of each evaluation, in order; the first is at w.
+    """
+
+    def __init__(
+        self,
+        objective: Objective,
+        params: nn.Parameter,
+        known: HessianOperator | None = None,
+        training: TrainingMode | None = None,
+        step: int = 0,
+    ) -> None:
+        self.objective, self.params, self.training, self.step = objective, params, training, step
+        self._known = known
+        self.losses: list[Tensor] = []
+        self.gradients: list[Tensor] = []
+
+    def __call__(self) -> Tensor:
+        first, objective = not self.losses, self.objective
+        if first and self._known:
+            loss, gradient = self._known.value, self._known.gradient.clone()
+        elif self.training:
+            batch = objective.inputs, objective.targets
+            loss, gradient = self.training.value_and_gradient(self.params, *batch, self.step, move_buffers=first)
+        else:
+            loss, gradient = objective.value_and_gradient(self.params.detach())
+        self.losses.append(loss)
+        self.gradients.append(gradient)
+        self.params.grad = gradient
+        return loss
+
+    def outputs(self, params: Tensor) -> Any:
+        """The network's outputs for the step's batch at parameters (P,), with a graph."""
+        if self.training:
+            return self.training.outputs(params, self.objective.inputs, self.step)
+        return self.objective.forward(params, self.objective.inputs)
+
+
+@dataclass
+class Step:
+    """A step that was taken, as path observables see it.
+
+    Attributes:
+        optimizer: after the step.
+        before: w before it, shape (P,); only where something reads it.
+        losses, gradients: of each evaluation of the closure.
+        descent: the gradient that the base stepped with.
+        direction: the parameters and the principal eigenvector at the last measurement.
+    """
+
+    optimizer: Optimizer
+    before: Tensor
+    losses: list[Tensor]
+    gradients: list[Tensor]
+    descent: Tensor
+    direction: tuple[Tensor, Tensor] | None
+
+
+def take(optimizer: Optimizer, closure: Closure) -> Tensor:
+    """Step, and return the gradient that the base stepped with, shape (P,)."""
+    step: Callable[..., Any] = optimizer.step
+    step(closure)
+    descent = closure.params.grad
+    assert descent is not None
+    return descent
+
+
+def descent_from(operator: HessianOperator, config: RunConfig) -> Tensor:
+    """The gradient that the rule would step with from where a Hessian was taken, on the Hessian's own loss."""
+    params = nn.Parameter(operator.params.clone())
+    optimizer = RULES[config.rule].build([params], config, PLAIN)
+    return take(optimizer, Closure(operator.objective, params, operator))
+
+
+@contextmanager
+def base_alone(optimizer: Optimizer) -> Iterator[None]:
+    """Let a rule be the base alone for the time being."""
+    saved = [(group, name, group[name]) for group in optimizer.param_groups for name in OFF if name in group]
+    for group, name, _ in saved:
+        group[name] = 0.0
+    try:
+        yield
+    finally:
+        for group, name, value in saved:
+            group[name] = value
