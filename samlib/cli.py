@@ -33,9 +33,11 @@ def main() -> None:
 
 @app.command()
 def run(
-    experiment: Annotated[str, typer.Argument(help="mnist, cifar10 or shakespeare.")],
+    experiment: Annotated[str, typer.Argument(help="mnist, cifar10, shakespeare, … or a Python file of your own.")],
     learning_rate: Annotated[float | None, typer.Option(help="Step size η.")] = None,
     rho: Annotated[float | None, typer.Option(help="Radius ρ; 0 is gradient descent.")] = None,
+    rule: Annotated[str | None, typer.Option(help="Where the gradient is taken: sam, usam, ….")] = None,
+    base: Annotated[str | None, typer.Option(help="What steps with it: sgd or adam.")] = None,
     seed: Annotated[int, typer.Option(help="Seed of weights and mini-batches.")] = 0,
     steps: Annotated[int | None, typer.Option(help="Number of updates.")] = None,
     profile: Annotated[str, typer.Option(help="quick, reduced or paper.")] = "quick",
@@ -61,8 +63,9 @@ def run(
     samlib run mnist --learning-rate 0.3 --rho 0.1 --profile quick --store runs
     """
     settings = {"experiment": experiment, "learning_rate": learning_rate, "rho": rho, "seed": seed, "steps": steps}
-    settings |= {"profile": profile, "data": data, "device": device, **_pairs(setting or [], "--set")}
-    axes = {name: text.split(",") for name, text in _pairs(grid or [], "--grid").items()}
+    settings |= {"rule": rule, "base": base, "profile": profile, "data": data, "device": device}
+    settings |= _pairs(setting or [], "--set")
+    axes = {name: _values(text) for name, text in _pairs(grid or [], "--grid").items()}
     if "experiment" in {*_pairs(setting or [], "--set"), *axes}:
         _invalid("the experiment is the first argument; it cannot be set or swept")
     points = [settings | dict(zip(axes, values, strict=True)) for values in itertools.product(*axes.values())]
@@ -217,8 +220,7 @@ def sweep_run(
             request["settings"].pop(name, None)
             request["grid"].pop(name, None)
         request["settings"] |= settings
-        # Not at the commas inside of brackets: a value may be a list.
-        request["grid"] |= {name: re.split(r",(?![^\[{]*[\]}])", text) for name, text in axes.items()}
+        request["grid"] |= {name: _values(text) for name, text in axes.items()}
         planned = plan(notebook, out, **request)
         if dry_run:
             for point in planned.points:
@@ -294,7 +296,7 @@ class _Reporter:
             self.bars[name] = tqdm(total=config.steps, desc=name, unit="step", disable=None, leave=False)
         bar = self.bars[name]
         bar.n = int(row["step"])
-        edge = row["sam_edge"]
+        edge = row["edge"]
         bar.set_postfix_str(f"loss {row['loss']:.4g}, sharpness {row['eigenvalue_1']:.4g}, edge {edge:.4g}")
 
     def done(self, run: Any) -> None:
@@ -331,6 +333,11 @@ def _pairs(texts: list[str], option: str) -> dict[str, str]:
             _invalid(f"{option} names {name} twice")
         pairs[name.strip().replace("-", "_")] = value.strip()
     return pairs
+
+
+def _values(text: str) -> list[str]:
+    """The values of a grid: not cut at the commas inside of brackets, since a value may be a list."""
+    return re.split(r",(?![^\[{]*[\]}])", text)
 
 
 def _seconds(text: str, option: str) -> float:

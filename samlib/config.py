@@ -33,7 +33,7 @@ from .settings import (
     validated,
 )
 
-__all__ = ["RunConfig", "explain", "grid", "known_settings"]
+__all__ = ["RunConfig", "default_of", "explain", "grid", "known_settings", "of_notebook"]
 
 # What the records of the first three experiments hold of every run, null where an experiment does not take it.
 _ALWAYS = (
@@ -154,7 +154,8 @@ class RunConfig(BaseModel):
         version of the record. The same configuration and data have the same id on every machine; a setting at its
         default leaves the id as it is."""
         given = self.model_dump(exclude=set(_NO_IDENTITY))
-        settings = dict.fromkeys(_ALWAYS) | {k: v for k, v in given.items() if k in _ALWAYS or v != self._default(k)}
+        chosen = {name: v for name, v in given.items() if name in _ALWAYS or v != default_of(self, name)}
+        settings = dict.fromkeys(_ALWAYS) | chosen
         if self.source:  # wherever the file lies
             settings |= {"experiment": self.experiment.replace("\\", "/").rpartition("/")[2], "source": self.source}
             settings["record"] = 1
@@ -162,15 +163,6 @@ class RunConfig(BaseModel):
             settings["record"] = find(self.experiment).record
         settings["fingerprint"] = fingerprint
         return hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()[:16]
-
-    def _default(self, name: str) -> Any:
-        if name in RunConfig.model_fields and name != "measure_on":
-            return RunConfig.model_fields[name].default
-        if name == "measure_on":
-            return "batch" if self.source else find(self.experiment).measure_on
-        kinds = _kinds(None if self.source else find(self.experiment), self.rule, self.base, self.observables)
-        fields = [kind.model_fields[name] for kind in kinds if name in kind.model_fields]
-        return fields[0].default if fields else None
 
     def load_dataset(self) -> Dataset:
         """The data set this configuration asks for."""
@@ -180,6 +172,18 @@ class RunConfig(BaseModel):
     def sharpness_aware(self) -> bool:
         """Whether the rule takes its gradient elsewhere than at w."""
         return not RULES[self.rule].off(self)
+
+
+def default_of(config: RunConfig, name: str) -> Any:
+    """What a setting of a run is where nobody says otherwise, profiles aside."""
+    experiment = None if config.source else find(config.experiment)
+    if name == "measure_on":
+        return experiment.measure_on if experiment else "batch"
+    if name in RunConfig.model_fields:
+        return RunConfig.model_fields[name].default
+    kinds = _kinds(experiment, config.rule, config.base, config.observables)
+    fields = [kind.model_fields[name] for kind in kinds if name in kind.model_fields]
+    return fields[0].default if fields else None
 
 
 def _kinds(experiment: Experiment | None, rule: str, base: str, observables: Iterable[str]) -> list[type[Settings]]:
@@ -235,6 +239,17 @@ def known_settings(experiment: Experiment | None = None) -> set[str]:
     entries = [experiment, *EXPERIMENTS.values(), *RULES.values(), *BASES.values(), *OBSERVABLES.values()]
     own = {name for entry in entries if entry for name in entry.settings.model_fields}
     return own | set(RunConfig.model_fields) - {"source"}
+
+
+def of_notebook(parameters: Mapping[str, Any]) -> dict[str, Any]:
+    """The settings of the run that a notebook trains, from its parameters: those named so, and all in ``settings``."""
+    own = set(parameters.get("settings") or {})
+    try:
+        known = known_settings(find(parameters.get("experiment", "")))
+    except ValueError:  # the run's own message says so better
+        known = known_settings()
+    flat = {**parameters, **(parameters.get("settings") or {})}
+    return {name: v for name, v in flat.items() if (name in known and v is not None) or name in own}
 
 
 def _not_taken(name: str, parts: Mapping[str, Any], taken: Iterable[str]) -> InitErrorDetails:

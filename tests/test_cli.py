@@ -75,7 +75,20 @@ def test_a_grid_and_a_time_budget(tmp_path):
         (["--set", "examples=1e9"], "asked for 1000000000 training examples"),
         (["--set", "experiment=cifar10"], "the experiment is the first argument"),
         (["--grid", "device=cpu,tpu"], "device must be 'cpu' or 'cuda'"),
-        (["--set", "batch_size=3"], "batch_size belongs to the shakespeare experiment"),
+        (["--set", "heads=3"], "heads belongs to the experiment shakespeare; leave it out for experiment mnist"),
+        (["--set", "strength"], "--set takes NAME=VALUE, got 'strength'"),
+        (["--rule", "mas"], "rule must be one of sam, usam"),
+        (["--base", "lion"], "base must be one of sgd, adam, got 'lion'"),
+        (["--set", "observables=edge,hue"], "observables must be some of edge"),
+        (["--set", "momentum=1"], "momentum must be less than 1, got '1'"),
+        (["--set", "weight_decay=-1"], "weight_decay must be greater than or equal to 0, got '-1'"),
+        (["--base", "adam", "--set", "momentum=0.9"], "momentum belongs to the base sgd; leave it out for"),
+        (["--set", "nesterov=true"], "nesterov needs a momentum above 0"),
+        (["--set", "measure_at_losses=0.1,0.2"], "measure_at_losses must fall from value to value"),
+        (["--set", "measure_at_losses=0.1,-0.2"], "measure_at_losses.1 must be greater than 0, got '-0.2'"),
+        (["--set", "schedule=cyclic"], "schedule must be 'constant', 'one_cycle' or 'cosine'"),
+        (["--set", "warmup_steps=600"], "warmup_steps must be less than the 10 steps, got 600"),
+        (["--set", "batch_size=10000"], "batch_size must be at most the"),
         (["--grid", "rho=0,x"], "rho must be a valid number"),
         (["--grid", "rho=0", "--grid", "rho=1"], "--grid names rho twice"),
         (["--time-budget", "soon"], "--time-budget takes a positive time"),
@@ -94,7 +107,9 @@ def test_unknown_experiment_and_missing_values(tmp_path):
     store = ["--store", str(tmp_path / "store")]
     result = call("run", "imagenet", "--learning-rate", "0.1", "--rho", "0", *store)
     assert result.exit_code == 2
-    assert "experiment must be 'mnist', 'cifar10' or 'shakespeare', got 'imagenet'" in " ".join(result.output.split())
+    output = " ".join(result.output.split())
+    assert "experiment must be one of mnist, cifar10, shakespeare" in output
+    assert "the path of a Python file or package.module:function, got 'imagenet'" in output
     result = call("run", "mnist", "--rho", "0", *store)
     assert result.exit_code == 2
     assert "learning_rate is required (--learning-rate)" in result.output
@@ -132,11 +147,12 @@ def test_cuda_without_a_device(tmp_path, monkeypatch):
 
 
 def test_real_data_without_a_network(tmp_path, monkeypatch):
-    from samlib import datasets
-    from samlib.datasets import RemoteFile
+    from samlib.datasets import SOURCES, RemoteFile
 
     closed = (RemoteFile("x/y", "md5", "0", ("http://127.0.0.1:9/x",)),)
-    monkeypatch.setattr(datasets, "FILES", dict.fromkeys(datasets.FILES, closed))
+    for source in SOURCES.values():
+        monkeypatch.setattr(source, "files", closed)
+        monkeypatch.setattr(source, "archive", None)
     result = call(*[v if v != "standin" else "real" for v in RUN], "--store", str(tmp_path / "store"))
     assert result.exit_code == 2
     assert "cannot load mnist" in result.output

@@ -37,7 +37,7 @@ def test_every_figure_is_accessible_themed_and_carries_its_data(name, runs):
     assert label
     assert len(label[1]) > 40
     assert "currentColor" in page
-    assert figures._FOREGROUND not in page
+    assert figures.style.FOREGROUND not in page
     assert figure.name == name
     csv = base64.b64decode(re.search(r"base64,([^\"]+)", page)[1])
     data = pd.read_csv(io.BytesIO(csv))

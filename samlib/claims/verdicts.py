@@ -18,8 +18,8 @@ from typing import Literal
 import numpy as np
 import pandas as pd
 
-from ..experiments import PROFILES
-from ..figures import NAMES, leading, standard
+from ..experiments import PROFILES, title
+from ..figures import leading, standard
 from ..runs import Run, atomic_write, published_path, published_runs
 
 __all__ = [
@@ -101,11 +101,11 @@ def last_half(run: Run) -> pd.DataFrame:
 
 
 def _is_sam(run: Run) -> bool:
-    return run.config.rho > 0 and run.outcome == "finished"
+    return run.config.sharpness_aware and run.outcome == "finished"
 
 
 def _gd_at_its_edge(run: Run, _: Sequence[Run]) -> dict[str, float] | None:
-    if run.config.rho > 0 or run.outcome != "finished":
+    if run.config.sharpness_aware or run.outcome != "finished":
         return None
     # A learning rate so small that the edge is not reached within the run says nothing about what happens there.
     if run.measurements.edge_ratio.max() < 0.95:
@@ -283,7 +283,7 @@ def table(results: Sequence[Verdict]) -> pd.DataFrame:
     return pd.DataFrame(
         {
             "claim": [v.claim.text for v in results],
-            "experiment": [NAMES[v.experiment] for v in results],
+            "experiment": [title(v.experiment) for v in results],
             "profile": [v.profile for v in results],
             "statistic": [f"{v.value:.3g} [{v.low:.3g}, {v.high:.3g}]" if v.total else "–" for v in results],
             "threshold": [v.claim.threshold for v in results],
@@ -296,11 +296,11 @@ def table(results: Sequence[Verdict]) -> pd.DataFrame:
 def summary(results: Sequence[Verdict]) -> pd.DataFrame:
     """One row per claim, one column per experiment: verdict and supporting runs of the leading profile."""
     cells = {
-        (v.claim.text, NAMES[v.experiment]): f"{v.outcome} ({v.supporting}/{v.total})" if v.total else v.outcome
+        (v.claim.text, title(v.experiment)): f"{v.outcome} ({v.supporting}/{v.total})" if v.total else v.outcome
         for v in results
         if v.leading
     }
-    names = [NAMES[name] for name in _ALL]
+    names = [title(name) for name in _ALL]
     # A word joiner keeps 2/η in one line.
     rows = [
         {"claim": c.text.replace("/η", "/\u2060η"), **{name: cells.get((c.text, name), "–") for name in names}}

@@ -42,7 +42,7 @@ class Dataset:
     fingerprint: str
 
 
-@dataclass(frozen=True)
+@dataclass
 class Source:
     r"""Where the data of an experiment come from.
 

@@ -33,7 +33,7 @@ def find(name: str) -> Experiment:
         return EXPERIMENTS[name]
     if isinstance(name, str) and is_own(name):
         return own_experiment(name)
-    known = ", ".join(map(repr, EXPERIMENTS))
+    known = ", ".join(EXPERIMENTS)
     raise ValueError(
         f"experiment must be one of {known}, the path of a Python file or package.module:function, got {name!r}"
     )

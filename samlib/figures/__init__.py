@@ -1,7 +1,6 @@
 """Pictures and tables of recorded runs, for notebooks and pages."""
 
 from .panels import (
-    NAMES,
     alignments,
     banner,
     beside,
@@ -20,7 +19,6 @@ from .style import COLOURS, LABELS, Figure, drawing, render
 __all__ = [
     "COLOURS",
     "LABELS",
-    "NAMES",
     "Figure",
     "alignments",
     "banner",

@@ -17,12 +17,12 @@ from IPython.display import HTML
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure as Canvas
 
+from ..experiments import find, title
 from ..runs import Run
-from .selection import changed, grouped, leading, ordered, tidy
+from .selection import changed, edge_of, grouped, leading, ordered, tidy
 from .style import COLOURS, FOREGROUND, LABELS, STYLE, Figure, drawing, key, plain_log, render
 
 __all__ = [
-    "NAMES",
     "alignments",
     "banner",
     "beside",
@@ -35,8 +35,6 @@ __all__ = [
     "losses",
     "norms_and_edges",
 ]
-
-NAMES = {"mnist": "MNIST", "cifar10": "CIFAR-10", "shakespeare": "tiny_shakespeare"}
 
 
 def beside(runs: Sequence[Run]) -> list[Figure]:
@@ -64,9 +62,9 @@ def banner(*groups: Sequence[Run]) -> HTML:
 
 def norms_and_edges(runs: Sequence[Run], gd: bool = True) -> Figure:
     """Operator norm with the SAM edge, and with 2/η if ``gd``: figures (a) and (b) of the paper."""
-    quantities = ["operator_norm", "sam_edge", *(["gd_edge"] if gd else [])]
-    shown = list(runs) if gd else [run for run in runs if run.config.rho > 0]
-    names = "operator norm of the Hessian, the SAM edge" + (" and the GD edge 2/η" if gd else "")
+    quantities = ["operator_norm", "edge", *(["gd_edge"] if gd else [])]
+    shown = list(runs) if gd else [run for run in runs if run.config.sharpness_aware]
+    names = f"operator norm of the Hessian, the {edge_of(runs)}" + (" and the GD edge 2/η" if gd else "")
     return _panels(
         shown,
         quantities,
@@ -83,7 +81,7 @@ def norms_and_edges(runs: Sequence[Run], gd: bool = True) -> Figure:
 def alignments(runs: Sequence[Run]) -> Figure:
     """|cos| of the gradient and of the SAM gradient with the principal eigenvector: figure (c) of the paper."""
     return _panels(
-        [run for run in runs if run.config.rho > 0],
+        [run for run in runs if run.config.sharpness_aware],
         ["grad_alignment", "sam_grad_alignment"],
         name="alignments",
         ylabel="|cos| with eigenvector",
@@ -117,12 +115,12 @@ def eigenvalues(runs: Sequence[Run]) -> Figure:
     digits = str.maketrans("0123456789", "₀₁₂₃₄₅₆₇₈₉")
     return _panels(
         list(runs),
-        [*names, "sam_edge"],
+        [*names, "edge"],
         name="eigenvalues",
         ylabel="curvature",
         log=True,
-        alt=f"Line charts of the leading eigenvalues ({count}) and the SAM edge",
-        caption=f"Leading eigenvalues of the Hessian ({count} recorded), and the SAM edge.",
+        alt=f"Line charts of the leading eigenvalues ({count}) and the edge",
+        caption=f"Leading eigenvalues of the Hessian ({count} recorded), and the edge.",
         share_y=False,
         colours=colours,
         labels={name: "λ" + str(i + 1).translate(digits) for i, name in enumerate(names)},
@@ -153,9 +151,7 @@ def edge_ratios(runs: Sequence[Run]) -> Figure:
         key(canvas, {f"ρ = {rho:g}" + (" (GD)" if rho == 0 else ""): tones[rho] for rho in rhos})
         alt = "Line charts of the operator norm divided by the edge during training, for every run of the grid"
         svg = render(canvas, f"{alt}. {_where(shown)}")
-    caption = (
-        "Operator norm divided by the edge (the SAM edge; 2/η for ρ = 0). At 1, training is at the edge of stability."
-    )
+    caption = "Operator norm divided by the edge of its rule. At 1, training is at the edge of stability."
     return Figure(svg, alt, caption + _bands_note(shown), data, tuple(shown), "edge_ratios")
 
 
@@ -183,12 +179,11 @@ def final_table(runs: Sequence[Run]) -> pd.DataFrame:
         row: dict[str, object] = {"η": f"{rate:g}", "ρ": f"{rho:g}", "seeds": len(group)}
         finished = [run for run in group if run.outcome == "finished"]
         row["diverged"] = len(group) - len(finished)
-        language = group[0].config.experiment == "shakespeare"
         columns = {
             "loss": "training loss",
             "operator_norm": "‖H‖",
             "edge_ratio": "‖H‖ / edge",
-            "test_metric": "test loss" if language else "test error",
+            "test_metric": find(group[0].config.experiment).metric_name,
         }
         for column, label in columns.items():
             values = np.array([run.last[column] for run in finished])
@@ -204,7 +199,7 @@ def card(run: Run | None, title: str) -> bytes:
         canvas = Canvas(figsize=(12, 6.3), dpi=100, layout="constrained")
         canvas.suptitle(title, fontsize=30, weight="bold", wrap=True)
         if run:
-            _story(canvas.subplots(), tidy([run], "operator_norm", "sam_edge", "gd_edge"), size=2)
+            _story(canvas.subplots(), tidy([run], "operator_norm", "edge", "gd_edge"), size=2)
         buffer = io.BytesIO()
         canvas.savefig(buffer, format="png", metadata={"Software": None})
     return buffer.getvalue()
@@ -212,7 +207,7 @@ def card(run: Run | None, title: str) -> bytes:
 
 def headline(run: Run) -> Figure:
     """One run large, with names on the curves: the picture that tells the story."""
-    frame = tidy([run], "operator_norm", "sam_edge", "gd_edge")
+    frame = tidy([run], "operator_norm", "edge", "gd_edge")
 
     def draw(canvas: Canvas) -> pd.DataFrame:
         _story(canvas.subplots(), frame)
@@ -220,13 +215,13 @@ def headline(run: Run) -> Figure:
 
     config, last = run.config, run.last
     alt = (
-        f"During SAM training on {NAMES[config.experiment]} the norm of the Hessian meets the SAM edge and falls "
+        f"During SAM training on {title(config.experiment)} the norm of the Hessian meets the SAM edge and falls "
         f"with it to {last.operator_norm:.2g}, far below the gradient-descent edge {last.gd_edge:.2g}"
     )
     caption = (
-        f"{NAMES[config.experiment]}, η = {config.learning_rate:g}, ρ = {config.rho:g}, seed {config.seed}, profile "
+        f"{title(config.experiment)}, η = {config.learning_rate:g}, ρ = {config.rho:g}, seed {config.seed}, profile "
         f"{config.profile}: at step {last.step:.0f} the ratio of operator norm and SAM edge is {last.edge_ratio:.2f}, "
-        f"and 2/η is {last.gd_edge / last.sam_edge:.1f} times the SAM edge."
+        f"and 2/η is {last.gd_edge / last.edge:.1f} times the SAM edge."
     )
     return drawing(draw, (7, 3.4), "headline", alt, caption, [run])
 
@@ -234,7 +229,7 @@ def headline(run: Run) -> Figure:
 def _story(axis: Axes, frame: pd.DataFrame, size: float = 1) -> None:
     """Operator norm and both edges of one run, with names on the curves."""
     middle = len(frame) // 2
-    for quantity, offset in (("gd_edge", 6), ("sam_edge", -16), ("operator_norm", 8)):
+    for quantity, offset in (("gd_edge", 6), ("edge", -16), ("operator_norm", 8)):
         dash = (0, (5, 2)) if quantity == "gd_edge" else "-"
         axis.plot(frame.step, frame[quantity], color=COLOURS[quantity], linestyle=dash, linewidth=2.4 * size)
         axis.annotate(
@@ -268,7 +263,7 @@ def _panels(
     if not runs:
         raise ValueError("no runs to draw: the grid has no run of the kind this figure shows")
     shown = ordered(runs)
-    colours, labels = {**COLOURS, **(colours or {})}, {**LABELS, **(labels or {})}
+    colours, labels = {**COLOURS, **(colours or {})}, {**LABELS, "edge": edge_of(runs), **(labels or {})}
     groups = dict(grouped(shown))
     rates, rhos = (sorted({key[i] for key in groups}) for i in (0, 1))
     data = tidy(shown, *quantities)
@@ -317,7 +312,7 @@ def _where(runs: Sequence[Run]) -> str:
     rates, rhos = (
         ", ".join(f"{v:g}" for v in sorted({getattr(r.config, n) for r in runs})) for n in ("learning_rate", "rho")
     )
-    return f"{NAMES[runs[0].config.experiment]}, learning rates {rates}; rhos {rhos}"
+    return f"{title(runs[0].config.experiment)}, learning rates {rates}; rhos {rhos}"
 
 
 def _bands_note(runs: Sequence[Run]) -> str:

@@ -4,13 +4,26 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterable, Sequence
+from typing import Any
 
 import pandas as pd
 
-from ..config import RunConfig
+from ..config import RunConfig, default_of
+from ..rules import RULES
 from ..runs import Run
 
-__all__ = ["changed", "command", "grouped", "leading", "ordered", "standard", "tidy", "typical", "with_spectrum"]
+__all__ = [
+    "changed",
+    "command",
+    "edge_of",
+    "grouped",
+    "leading",
+    "ordered",
+    "standard",
+    "tidy",
+    "typical",
+    "with_spectrum",
+]
 
 
 def command(run: Run) -> str:
@@ -26,8 +39,15 @@ def command(run: Run) -> str:
 def changed(run: Run) -> list[str]:
     """The settings of a run, as "name=value", that differ from those of its profile."""
     named = ("experiment", "profile", "learning_rate", "rho", "seed", "device", "data", "compiled")
-    usual = RunConfig.model_validate({name: getattr(run.config, name) for name in named}).model_dump()
-    return [f"{name}={value}" for name, value in run.config.model_dump().items() if value != usual[name]]
+    chosen = run.config.model_dump(exclude={"source"})
+    usual = RunConfig.model_validate({name: chosen[name] for name in named}).model_dump()
+    usual = {name: usual.get(name, default_of(run.config, name)) for name in chosen}
+    return [f"{name}={_plain(value)}" for name, value in chosen.items() if value != usual[name]]
+
+
+def _plain(value: Any) -> str:
+    """A setting as the command line takes it."""
+    return ",".join(map(str, value)) if isinstance(value, tuple) else str(value)
 
 
 def standard(runs: Sequence[Run], profile: str | None = None) -> list[Run]:
@@ -52,7 +72,7 @@ def leading(runs: Sequence[Run]) -> str:
 
 def typical(runs: Sequence[Run]) -> Run | None:
     """The run that tells the story: SAM at η = 0.3 and ρ = 0.1, or the standard run nearest to that; None of none."""
-    done = [run for run in standard(runs) if run.config.rho and run.outcome == "finished"]
+    done = [run for run in standard(runs) if run.config.sharpness_aware and run.outcome == "finished"]
     distance = [(abs(r.config.learning_rate - 0.3), abs(r.config.rho - 0.1), r.config.seed) for r in done]
     return done[distance.index(min(distance))] if done else None
 
@@ -75,6 +95,12 @@ def tidy(runs: Sequence[Run], *columns: str) -> pd.DataFrame:
 
 def ordered(runs: Iterable[Run]) -> list[Run]:
     return sorted(runs, key=lambda run: (run.config.learning_rate, run.config.rho, run.config.seed))
+
+
+def edge_of(runs: Sequence[Run]) -> str:
+    """What the edge of some runs is called."""
+    rules = {RULES[run.config.rule].title for run in runs if run.config.sharpness_aware}
+    return f"{rules.pop()} edge" if len(rules) == 1 else "SAM edge" if not rules else "edge of the rule"
 
 
 def grouped(runs: Sequence[Run]) -> list[tuple[tuple[float, float], list[Run]]]:

@@ -29,7 +29,7 @@ FOREGROUND = "#010203"  # becomes the page's text colour
 
 COLOURS = {
     "operator_norm": "#3a87c8",
-    "sam_edge": "#e2661a",
+    "edge": "#e2661a",
     "gd_edge": "#8a8a8a",
     "loss": "#1b9e77",
     "test_metric": "#1b9e77",
@@ -39,7 +39,7 @@ COLOURS = {
 
 LABELS = {
     "operator_norm": "operator norm ‖H‖",
-    "sam_edge": "SAM edge",
+    "edge": "SAM edge",
     "gd_edge": "GD edge 2/η",
     "loss": "training loss",
     "grad_alignment": "gradient",

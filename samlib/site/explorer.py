@@ -18,8 +18,8 @@ import pandas as pd
 from IPython.display import HTML
 
 from ..claims import last_half
-from ..experiments import PROFILES
-from ..figures import COLOURS, LABELS, NAMES, changed, command, leading
+from ..experiments import PROFILES, title
+from ..figures import COLOURS, LABELS, changed, command, leading
 from ..runs import Run
 
 __all__ = ["MOST_POINTS", "cells", "explore", "groups", "overview", "thin", "trajectories"]
@@ -29,7 +29,7 @@ MOST_VALUES = 180_000  # in the page, so that with the libraries it stays below 
 
 # One panel below the other: the quantities, the title of the axis, whether its scale can be logarithmic.
 PANELS = (
-    (("operator_norm", "sam_edge", "gd_edge"), "curvature", True),
+    (("operator_norm", "edge", "gd_edge"), "curvature", True),
     (("loss",), "training loss", True),
     (("grad_alignment", "sam_grad_alignment"), "|cos| with eigenvector", False),
 )
@@ -73,7 +73,7 @@ def groups(experiment: str, runs: Sequence[Run], most: int = MOST_POINTS) -> lis
         members = found[rank, settings]
         size = ", ".join(filter(None, [PROFILES[rank], settings]))
         key = experiment if (rank, settings) == standard else f"{experiment}:{size.replace(', ', ':')}"
-        label = f"{NAMES[experiment]} ({size})"
+        label = f"{title(experiment)} ({size})"
         result.append(
             {"key": key, "label": label, "cells": cells(members), "runs": [_plain(run, most) for run in members]}
         )
@@ -218,7 +218,7 @@ def _panel(quantities: tuple[str, ...], title: str, log: bool) -> Any:
         .encode(x="step:Q")
     )
     # The SAM edge and the gradient's alignment lie below what they are compared with.
-    below = "indexof(['sam_edge', 'grad_alignment'], datum.quantity) >= 0 ? 16 : -10"
+    below = "indexof(['edge', 'grad_alignment'], datum.quantity) >= 0 ? 16 : -10"
     aside = "datum.end ? 'right' : 'center'"
     labels = (
         base.transform_filter("isValid(datum.label)")

@@ -194,14 +194,13 @@ def _bad_runs(points: Sequence[Mapping[str, Any]], known: dict[str, Parameter]) 
     """The notebook trains a run: what is wrong with the runs' configurations, each problem once."""
     from pydantic import ValidationError
 
-    from ..config import RunConfig, explain
+    from ..config import RunConfig, explain, of_notebook
 
     defaults = {name: parameter.default for name, parameter in known.items()}
     problems: dict[str, None] = {}
     for point in points:
-        settings = {**defaults, **point}
         try:
-            RunConfig(**{name: value for name, value in settings.items() if name in RunConfig.model_fields})
+            RunConfig(**of_notebook({**defaults, **point}))
         except ValidationError as error:
             problems |= dict.fromkeys(explain(error))
     return list(problems)

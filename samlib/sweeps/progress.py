@@ -126,17 +126,16 @@ def estimate(sweep: Sweep, jobs: int = 1) -> tuple[float, str] | None:
     known = parameters(sweep.notebook)
     if not left or known is None or not {"experiment", "learning_rate", "rho"} <= known.keys():
         return None
-    from ..config import RunConfig
+    from ..config import RunConfig, of_notebook
     from ..datasets import DataError
 
     defaults = {name: parameter.default for name, parameter in known.items()}
     timed: dict[str, tuple[float, float]] = {}
     total = 0.0
     for point in left:
-        settings = {k: v for k, v in (defaults | point.params).items() if k in RunConfig.model_fields}
-        config = RunConfig(**settings)
+        config = RunConfig(**of_notebook(defaults | point.params))
         # What the time of a step does not depend on, save that ρ = 0 needs one gradient instead of two.
-        same = {"learning_rate": 1.0, "rho": float(config.rho > 0), "seed": 0, "steps": 1, "measure_every": 1}
+        same = {"learning_rate": 1.0, "rho": float(config.sharpness_aware), "seed": 0, "steps": 1, "measure_every": 1}
         kind = config.model_copy(update=same).model_dump_json()
         if kind not in timed:
             try:
