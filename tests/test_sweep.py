@@ -364,8 +364,9 @@ def test_a_full_disk_loses_nothing(when, trivial, tmp_path, monkeypatch):
     command = (trivial, "--grid", "rate=1,2", "--out", tmp_path / "out")
     if when == "status.json":  # without a kernel, which has been seen to work above
         done = type("Done", (), {"outcome": "finished", "seconds": 1.0, "error": ""})
-        monkeypatch.setattr(sweep, "execute", lambda *_, **__: done)
-    monkeypatch.setattr(sweep, "atomic_write", full)
+        monkeypatch.setattr("samlib.sweeps.points.execute", lambda *_, **__: done)
+    for module in ("planning", "points"):
+        monkeypatch.setattr(f"samlib.sweeps.{module}.atomic_write", full)
     result = samlib(*command)
     assert result.exit_code == 1, result.output
     assert "No space left on device" in result.stderr

@@ -17,7 +17,7 @@ from typing import Any, Literal
 
 from .notebooks import read
 
-__all__ = ["Execution", "Workers", "execute"]
+__all__ = ["Execution", "Workers", "execute", "main"]
 
 _DEAD = 3  # exit code of the process below when its kernel died
 
@@ -147,11 +147,12 @@ class Workers:
 
 def _start() -> subprocess.Popen[bytes]:
     # In a session of its own: Ctrl-C is for this process, which then ends the other.
-    command = [sys.executable, "-m", "samlib.sweeps.executing"]
+    command = [sys.executable, "-m", "samlib.sweeps"]
     return subprocess.Popen(command, stdin=subprocess.PIPE, start_new_session=True)
 
 
-def _main() -> int:
+def main() -> int:
+    """The other process: execute the notebook that standard input asks for."""
     import papermill
     from papermill.exceptions import PapermillExecutionError
 
@@ -194,7 +195,3 @@ def _end_with_parent() -> None:
     """The other end of standard input closes when the process that asked is gone; the kernel follows this one."""
     os.read(0, 1)
     os._exit(1)
-
-
-if __name__ == "__main__":
-    sys.exit(_main())
