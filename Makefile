@@ -19,6 +19,7 @@ lint: setup
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+	$(BIN)/lint-imports --no-cache
 	$(BIN)/codespell README.md CONTRIBUTING.md book samlib tests benchmarks data/README.md
 
 # The built website in Chromium; skipped where there is none. Leaves pictures of every page in _build/screenshots.

@@ -55,7 +55,14 @@ if TYPE_CHECKING:
 
 def __getattr__(name: str):
     if name in _HOME:
-        return getattr(import_module(f".{_HOME[name]}", __name__), name)
+        try:
+            return getattr(import_module(f".{_HOME[name]}", __name__), name)
+        except ModuleNotFoundError as error:
+            from .extras import EXTRAS, remedy
+
+            if (error.name or "").partition(".")[0] not in EXTRAS:
+                raise
+            raise ImportError(remedy(error, f"samlib.{name}"), name=error.name) from None
     raise AttributeError(f"module 'samlib' has no attribute {name!r}; it exports {', '.join(__all__)}")
 
 

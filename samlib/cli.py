@@ -119,10 +119,15 @@ def claims(
 ) -> None:
     """Judge the paper's claims by the published runs; fail if a recorded verdict no longer matches its data."""
     from .claims import agrees_with_record, record, table, verdicts
-    from .runs import StoreError
+    from .runs import StoreError, published_path
 
     if published and not published.is_dir():
         _invalid(f"--published {published} is not a folder")
+    if not any(published_path("x", published).parent.glob("*.parquet")):
+        _invalid(
+            f"there are no published runs in {published_path('x', published).parent.absolute()}; "
+            "they come with the project's checkout: run this there, or give their folder with --published"
+        )
     try:
         results = verdicts(published)
     except StoreError as error:
