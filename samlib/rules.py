@@ -122,7 +122,7 @@ def optimizer(config: RunConfig, params: Iterable[Any]) -> Optimizer:
 
 def schedule(config: RunConfig, optimizer: Optimizer) -> LRScheduler | None:
     """The schedule of a run's learning rate, whose highest value is the run's; None where it is constant."""
+    points = config.steps + 1  # the last one is measured with a rate, too
     if config.schedule == "one_cycle":
-        # One step more than there are: the last point is measured with a rate, too.
-        return OneCycleLR(optimizer, config.learning_rate, total_steps=config.steps + 1, cycle_momentum=False)
-    return CosineAnnealingLR(optimizer, config.steps) if config.schedule == "cosine" else None
+        return OneCycleLR(optimizer, config.learning_rate, total_steps=points, cycle_momentum=False)
+    return CosineAnnealingLR(optimizer, points) if config.schedule == "cosine" else None
