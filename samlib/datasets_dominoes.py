@@ -84,7 +84,7 @@ def load_dominoes(
     count, size, test_size = len(classes), images_per_class, test_images_per_class
 
     def labels(per_class: int) -> np.ndarray:
-        return random.permutation(np.repeat(np.arange(count), per_class))
+        return _shuffled(np.repeat(np.arange(count), per_class), random)
 
     train, test, probe_test = labels(size), labels(test_size), labels(test_size)
     shown = [_digits(y, count, random, agreement) for y in (train, test)]
@@ -122,6 +122,11 @@ def _check(classes: Sequence[str], size: int, test_size: int, agreement: float, 
         raise ValueError(f"data must be 'auto', 'real' or 'standin', got {policy!r}")
 
 
+def _shuffled(values: np.ndarray, random: _Numbers) -> np.ndarray:
+    """In random order, by raw bits: NumPy promises to keep these, but not what ``permutation`` makes of them."""
+    return values[np.argsort(random.bit_generator.random_raw(len(values)), kind="stable")]
+
+
 def _digits(objects: np.ndarray, count: int, random: _Numbers, agreement: float | None = None) -> np.ndarray:
     """A digit for each object: right for a share of each class, else another; by default independent of the object.
 
@@ -129,11 +134,11 @@ def _digits(objects: np.ndarray, count: int, random: _Numbers, agreement: float 
     """
     digits = objects.copy()
     for label in range(count):
-        where = random.permutation(np.flatnonzero(objects == label))
+        where = _shuffled(np.flatnonzero(objects == label), random)
         options = np.arange(count)
         if agreement is not None:
             where, options = where[round(agreement * len(where)) :], np.delete(options, label)
-        digits[where] = random.permutation(options)[np.arange(len(where)) % len(options)]
+        digits[where] = _shuffled(options, random)[np.arange(len(where)) % len(options)]
     return digits
 
 
@@ -189,7 +194,7 @@ class _Pool:
         self, pictures: np.ndarray, labels: np.ndarray, kinds: list[int], names: list[str], random: _Numbers
     ) -> None:
         self.pictures, self.names = pictures, names
-        self.left = [random.permutation(np.flatnonzero(labels == kind)) for kind in kinds]
+        self.left = [_shuffled(np.flatnonzero(labels == kind), random) for kind in kinds]
         self.held = [len(left) for left in self.left]
 
     def __call__(self, labels: np.ndarray) -> np.ndarray:
