@@ -367,6 +367,6 @@ def test_a_confined_perturbation_moves_only_its_layers_by_rho():
 
 def test_an_unknown_part_is_named():
     arguments, _ = network()
-    call = functools.partial(gradient_part, "wights", *arguments, arguments[2])
-    with pytest.raises(ValueError, match="part must be one of plain, weights, jacobian, sam, got 'wights'"):
+    call = functools.partial(gradient_part, "both", *arguments, arguments[2])
+    with pytest.raises(ValueError, match="part must be one of plain, weights, jacobian, sam, got 'both'"):
         call()
