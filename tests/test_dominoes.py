@@ -3,12 +3,12 @@ import pytest
 import torch
 from torch import nn
 
-from samlib import datasets_dominoes as module
 from samlib.datasets import DataError
-from samlib.datasets_dominoes import CLASSES, TILES, load_dominoes
+from samlib.datasets import dominoes as module
+from samlib.datasets.dominoes import CLASSES, TILES, load_dominoes
 from samlib.features import probe_features
-from samlib.models import plain
-from samlib.models_dominoes import convolutional, fully_connected
+from samlib.layers import plain
+from samlib.models.dominoes import convolutional, fully_connected
 
 SMALL = {"images_per_class": 20, "test_images_per_class": 10}
 
@@ -27,9 +27,9 @@ def pictures(monkeypatch):
         return random.integers(0, 256, (len(labels), *shape), dtype=np.uint8), labels
 
     cifar, mnist = ((*noise(60, shape), *noise(30, shape)) for shape in ((3, 32, 32), (1, 28, 28)))
-    monkeypatch.setattr(module, "locate", lambda name: name)
-    monkeypatch.setattr(module, "_load_cifar10", lambda _: cifar)
-    monkeypatch.setattr(module, "_load_mnist", lambda _: mnist)
+    for source, made in ((module.CIFAR10, cifar), (module.MNIST, mnist)):
+        monkeypatch.setattr(source, "locate", lambda: [])
+        monkeypatch.setattr(source, "read", lambda _, made=made: made)
     return cifar, mnist
 
 
@@ -172,7 +172,8 @@ def test_the_stand_in_touches_neither_network_nor_files(monkeypatch):
     def forbidden(*_):
         raise AssertionError("touched")
 
-    monkeypatch.setattr(module, "locate", forbidden)
+    for source in (module.CIFAR10, module.MNIST):
+        monkeypatch.setattr(source, "locate", forbidden)
     dominoes = small()
     assert dominoes.standin
     assert dominoes.name.startswith("digits_on_cifar stand-in: generated")
@@ -188,13 +189,12 @@ def test_the_labels_of_the_stand_in_describe_its_pictures():
 
 
 def test_without_data_auto_falls_back_as_a_whole_and_real_says_what_is_missing(monkeypatch):
-    def locate(name):
-        if name == "mnist":
-            raise DataError("cannot load mnist: no such file")
-        return name
+    def missing():
+        raise DataError("cannot load mnist: no such file")
 
-    monkeypatch.setattr(module, "locate", locate)
-    monkeypatch.setattr(module, "_load_cifar10", lambda _: ())
+    monkeypatch.setattr(module.MNIST, "locate", missing)
+    monkeypatch.setattr(module.CIFAR10, "locate", lambda: [])
+    monkeypatch.setattr(module.CIFAR10, "read", lambda _: ())
     with pytest.raises(DataError, match="cannot load mnist"):
         load_dominoes(policy="real")
     with pytest.warns(

@@ -6,7 +6,7 @@ from itertools import pairwise
 
 from torch import Tensor, nn
 
-from .models import MaxPool
+from ..layers import MaxPool
 
 __all__ = ["FeatureNetwork", "convolutional", "fully_connected"]
 

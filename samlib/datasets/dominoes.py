@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -14,8 +13,10 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from .datasets import DataError, DataPolicy, Dataset, _load_cifar10, _load_mnist, locate
-from .features import Labelled, ProbeSets
+from ..features import Labelled, ProbeSets
+from .base import DataPolicy, Dataset, fingerprint
+from .files import DataError
+from .images import CIFAR10, MNIST
 
 __all__ = ["CLASSES", "TILES", "Dominoes", "load_dominoes"]
 
@@ -103,8 +104,8 @@ def load_dominoes(
         Labelled(x_probe_test, {"object": torch.as_tensor(probe_test), "digit": torch.as_tensor(independent[1])}),
     )
     name = "digits_on_cifar" + (" stand-in: generated colour gratings under drawn digits" if standin else "")
-    fingerprint = _fingerprint([*parts, train, test, probe_test, *shown, *independent])
-    return Dominoes(name, x, F.one_hot(y, count).float(), x_test, y_test, standin, fingerprint, probes)
+    content = fingerprint([*parts, train, test, probe_test, *shown, *independent])
+    return Dominoes(name, x, F.one_hot(y, count).float(), x_test, y_test, standin, content, probes)
 
 
 def _check(classes: Sequence[str], size: int, test_size: int, agreement: float, tile: int, policy: str) -> None:
@@ -157,19 +158,11 @@ def _standardised(parts: list[np.ndarray]) -> list[Tensor]:
     return [torch.as_tensor(((part - mean) / deviation).astype(np.float32)) for part in parts]
 
 
-def _fingerprint(content: list[np.ndarray]) -> str:
-    digest = hashlib.sha256()
-    for array in content:
-        digest.update(f"{array.shape}".encode())
-        digest.update(array.astype("<i2").tobytes())
-    return digest.hexdigest()
-
-
 def _pictures(classes: Sequence[str], random: _Numbers, policy: DataPolicy) -> tuple[tuple[Draw, ...], bool]:
     """Where objects and digits come from, in training and test, and whether they are stand-ins."""
     if policy != "standin":
         try:
-            cifar, mnist = _load_cifar10(locate("cifar10")), _load_mnist(locate("mnist"))
+            cifar, mnist = (source.read(source.locate()) for source in (CIFAR10, MNIST))
         except DataError as error:
             if policy == "real":
                 raise
