@@ -12,7 +12,7 @@ __all__ = ["rmse", "roc_auc"]
 
 
 def roc_auc(scores: Tensor, labels: Tensor) -> float:
-    """Area under the receiver's curve: the probability that a positive molecule scores above a negative one.
+    """Area under the ROC curve: the probability that a positive molecule scores above a negative one.
 
     The mean over the properties that have molecules of both kinds; NaN if none has.
 
@@ -47,8 +47,8 @@ def rmse(predictions: Tensor, values: Tensor) -> float:
     Source: scikit-learn's ``root_mean_squared_error``.
 
     >>> import torch
-    >>> rmse(torch.tensor([[1.0], [2.0]]), torch.tensor([[4.0], [6.0]]))**2
-    12.5
+    >>> rmse(torch.tensor([[1.0], [2.0]]), torch.tensor([[4.0], [5.0]]))
+    3.0
     """
     from sklearn.metrics import root_mean_squared_error
 
@@ -56,10 +56,12 @@ def rmse(predictions: Tensor, values: Tensor) -> float:
 
 
 def _mean(metric: Callable[[np.ndarray, np.ndarray], float], outputs: Tensor, targets: Tensor) -> float:
-    """Mean of a metric over the columns that have one."""
+    """Mean of a metric over the columns that have one; NaN where an output is not a number any more."""
     if outputs.shape != targets.shape:
         raise ValueError(f"need outputs and targets of one shape, got {tuple(outputs.shape)}, {tuple(targets.shape)}")
     given, true = (t.detach().cpu().double().numpy() for t in (outputs, targets))
+    if not np.isfinite(given).all():
+        return math.nan
     known = ~np.isnan(true)
     columns = [metric(true[known[:, j], j], given[known[:, j], j]) for j in range(true.shape[1])]
     defined = [value for value in columns if not math.isnan(value)]

@@ -1,4 +1,4 @@
-"""A Transformer for graphs: every atom of a molecule attends to every other, by what they are and how they are related."""
+"""A Transformer for molecules: each atom attends to all others, by what they are and how they are related."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from .models import LayerNorm, _scaled, _truncated_normal, gelu
-from .molecular_graphs import ATOM_WORDS, PAIR_WORDS, PADDING
+from .molecular_graphs import ATOM_WORDS, PADDING, PAIR_WORDS
 
 __all__ = ["GraphTransformer"]
 
