@@ -47,9 +47,9 @@ class Source:
         if standin:
             raw = self.standin()
         label = f"{self.name} stand-in: {self.standin.__doc__}" if standin else self.name
-        content, tensors = self.prepare(raw, examples, label, **options)
+        content, (x, y, x_test, y_test) = self.prepare(raw, examples, label, **options)
         digest = hashlib.sha256()
         for array in content:
             digest.update(f"{array.shape}".encode())
             digest.update(array.astype("<i2").tobytes())
-        return Dataset(label, *tensors, standin, digest.hexdigest())
+        return Dataset(label, x, y, x_test, y_test, standin, digest.hexdigest())
