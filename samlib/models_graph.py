@@ -18,9 +18,9 @@ TYPICAL_SIZE = 20  # atoms; brings the sum over them, which tells large molecule
 class GraphTransformer(nn.Module):
     """Pre-LayerNorm Transformer over a molecule's atoms, with a bias of attention for each kind of pair.
 
-    Maps (atoms, pairs), see :mod:`samlib.datasets_molecules`, to (M, outputs): the sum over a molecule's atoms of a
-    linear map of their features, with what is padding left out. It does not depend on the order of the atoms. The bias
-    starts at zero and is shared by the layers; weights are those of :class:`samlib.Transformer`.
+    Maps (atoms, pairs), see :mod:`samlib.datasets_molecules`, to (M, outputs): a linear map of the sum of the atoms'
+    features over 20. Neither padding nor the order of the atoms changes an output. The bias starts at zero and is
+    shared by the layers; the other weights are drawn as those of :class:`samlib.Transformer`.
 
     Args:
         width: features D of an atom.
