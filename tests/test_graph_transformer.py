@@ -6,12 +6,12 @@ import numpy as np
 import pytest
 import torch
 
-from samlib.datasets_molecules import load_molecules
-from samlib.models import plain
-from samlib.models_graph import TYPICAL_SIZE, GraphTransformer
-from samlib.molecular_graphs import parse
+from samlib.datasets.molecular_graphs import parse
+from samlib.datasets.molecules import load_molecules
+from samlib.datasets.toy_molecules import toy_molecules
+from samlib.layers import plain
+from samlib.models.graph import TYPICAL_SIZE, GraphTransformer
 from samlib.objective import flatten_parameters, pure_loss
-from samlib.toy_molecules import toy_molecules
 
 needs_rdkit = pytest.mark.skipif(
     importlib.util.find_spec("rdkit") is None, reason="RDKit is not installed (samlib[molecules])"

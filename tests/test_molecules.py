@@ -12,12 +12,12 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from samlib import datasets_molecules as module
 from samlib.datasets import DataError, RemoteFile
-from samlib.datasets_molecules import CLASSIFICATION, SOURCES, load_molecules, scaffold_split
-from samlib.metrics_molecules import rmse, roc_auc
-from samlib.molecular_graphs import ATOM_WORDS, ELEMENTS, KINDS, PAIR_WORDS, atom_words, pair_words, parse
-from samlib.toy_molecules import toy_molecules
+from samlib.datasets import molecules as module
+from samlib.datasets.molecular_graphs import ATOM_WORDS, ELEMENTS, KINDS, PAIR_WORDS, atom_words, pair_words, parse
+from samlib.datasets.molecules import CLASSIFICATION, SOURCES, load_molecules, scaffold_split
+from samlib.datasets.toy_molecules import toy_molecules
+from samlib.experiments.molecule_metrics import rmse, roc_auc
 
 from .conftest import REAL_DATA
 

@@ -17,7 +17,7 @@ from .files import DataError, RemoteFile, locate
 __all__ = ["DataPolicy", "Dataset", "Source", "fingerprint", "take"]
 
 DataPolicy = Literal["auto", "real", "standin"]
-Tensors: TypeAlias = tuple[Tensor, Tensor, Tensor, Tensor]
+Tensors: TypeAlias = tuple[Any, Tensor, Any, Tensor]
 
 
 @dataclass(frozen=True)
@@ -26,7 +26,8 @@ class Dataset:
 
     Attributes:
         name: of the data set, or of what stands in for it.
-        train_inputs, train_targets: float images (N, C, H, W) and one-hot targets (N, 10); or tokens (N, T) twice.
+        train_inputs, train_targets: float images (N, C, H, W) and one-hot targets (N, 10); or tokens (N, T) twice;
+            inputs may be several tensors with the examples first, in a tuple or dictionary.
         test_inputs, test_targets: the same for the test set; image targets are labels (M,).
         standin: whether this is a stand-in, never to be counted as a result.
         fingerprint: SHA-256 over the pixels, labels or tokens before any floating-point arithmetic: the identity of
@@ -34,9 +35,9 @@ class Dataset:
     """
 
     name: str
-    train_inputs: Tensor
+    train_inputs: Any
     train_targets: Tensor
-    test_inputs: Tensor
+    test_inputs: Any
     test_targets: Tensor
     standin: bool
     fingerprint: str

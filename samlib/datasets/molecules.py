@@ -20,8 +20,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from .datasets import DataPolicy, Dataset, RemoteFile
-from .datasets_source import Source, take
+from .base import DataPolicy, Dataset, Source, take
+from .files import RemoteFile
 from .molecular_graphs import KINDS, MolecularGraph, parse
 from .toy_molecules import toy_molecules
 

@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from .datasets import DataError
+from .files import DataError
 
 __all__ = ["ATOM_WORDS", "ELEMENTS", "KINDS", "PAIR_WORDS", "MolecularGraph", "atom_words", "pair_words", "parse"]
 

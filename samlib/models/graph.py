@@ -7,8 +7,9 @@ import math
 import torch
 from torch import Tensor, nn
 
-from .models import LayerNorm, _scaled, _truncated_normal, gelu
-from .molecular_graphs import ATOM_WORDS, PADDING, PAIR_WORDS
+from ..datasets.molecular_graphs import ATOM_WORDS, PADDING, PAIR_WORDS
+from ..layers import LayerNorm, gelu
+from .initial import scaled, truncated_normal
 
 __all__ = ["GraphTransformer"]
 
@@ -42,11 +43,11 @@ class GraphTransformer(nn.Module):
     ) -> None:
         super().__init__()
         self.embed, self.relation = nn.Embedding(ATOM_WORDS, width), nn.Embedding(PAIR_WORDS, heads)
-        _truncated_normal(self.embed.weight, 0.02)
+        truncated_normal(self.embed.weight, 0.02)
         nn.init.zeros_(self.relation.weight)
         self.blocks = nn.ModuleList(_Block(width, heads, key_size, widening, layers) for _ in range(layers))
         self.norm = LayerNorm(width)
-        self.head = _scaled(nn.Linear(width, outputs), layers)
+        self.head = scaled(nn.Linear(width, outputs), layers)
 
     def forward(self, inputs: tuple[Tensor, Tensor]) -> Tensor:
         atoms_BNF, pairs_BNN = inputs
@@ -67,10 +68,10 @@ class _Block(nn.Module):
         super().__init__()
         self.heads, self.activation = heads, gelu
         self.norm1, self.norm2 = LayerNorm(width), LayerNorm(width)
-        self.query, self.key, self.value = (_scaled(nn.Linear(width, heads * key_size), layers) for _ in range(3))
-        self.out = _scaled(nn.Linear(heads * key_size, width), layers)
-        self.up = _scaled(nn.Linear(width, widening * width), layers)
-        self.down = _scaled(nn.Linear(widening * width, width), layers)
+        self.query, self.key, self.value = (scaled(nn.Linear(width, heads * key_size), layers) for _ in range(3))
+        self.out = scaled(nn.Linear(heads * key_size, width), layers)
+        self.up = scaled(nn.Linear(width, widening * width), layers)
+        self.down = scaled(nn.Linear(widening * width, width), layers)
 
     def forward(self, x_BND: Tensor, bias_BHNN: Tensor) -> Tensor:
         x_BND = x_BND + self.attend(self.norm1(x_BND), bias_BHNN)
