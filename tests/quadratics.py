@@ -39,10 +39,10 @@ class Quadratic:
     def gradient(self, params: Tensor) -> Tensor:
         return self.hessian @ params + self.slope
 
-    def grows(self, step: Callable[[], object], params: Callable[[], Tensor]) -> Tensor:
+    def grows(self, step: Callable[[], object], params: Callable[[], Tensor], steps: int = STEPS) -> Tensor:
         """Which directions grow in the long run, shape (SIZE − 1,), when ``step`` is called again and again."""
         path = []
-        for _ in range(STEPS):
+        for _ in range(steps):
             step()
             path.append(self.basis[:, 1:].T @ (params() / self.root))
         early, late = (torch.stack(part).abs().amax(0) for part in (path[WINDOW : 2 * WINDOW], path[-WINDOW:]))
