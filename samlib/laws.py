@@ -139,13 +139,14 @@ def _law(groups: list[Group], kind: type[Optimizer], perturbs: bool) -> EdgeLaw:
         raise ValueError("parameter groups differ in lr: with SAM no law is known then, without SAM there is one")
     delta = _same(groups, "weight_decay")
     check("weight_decay", delta)
-    decoupled = kind is not SGD and delta != 0 and bool(_same(groups, "decoupled_weight_decay", kind is AdamW))
+    decoupled = kind is not SGD and delta != 0 and bool(_same(groups, "decoupled_weight_decay", False))
     if decoupled and len(rates) > 1:
         raise ValueError("parameter groups differ in lr: with decoupled weight decay no law is known then")
     # L2 decay is added to H before D is applied.
     shifts = not decoupled and (kind is not SGD or len(rates) > 1)
     limit, words = _momentum(groups) if kind is SGD else _average(groups)
-    words += [f"weight decay {delta:g}"] * (delta != 0) + ["rates by group"] * (len(rates) > 1)
+    words += [f"{'decoupled ' * (decoupled and kind is Adam)}weight decay {delta:g}"] * (delta != 0)
+    words += ["rates by group"] * (len(rates) > 1)
     rule = ("SAM" if normalize else "unnormalised SAM") if perturbs else "gradient descent"
     return EdgeLaw(
         " with ".join(filter(None, (rule if kind is SGD else kind.__name__, " and ".join(words)))),

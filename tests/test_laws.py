@@ -224,6 +224,17 @@ def test_where_nothing_scales_the_operator_is_the_hessian_itself_or_its_negative
         (lambda p: moved(SAM(p, Adam, rho=0.0, lr=0.1, betas=(0.5, 0.9))), "Adam", 60),
         (lambda p: moved(SAM(p, Adam, rho=0.1, lr=0.1)).base_optimizer, "Adam", 380),
         (lambda p: moved(AdamW(p, lr=0.1)), "AdamW with weight decay 0.01", adam_edge(0.1, weight_decay=0.01)),
+        (
+            lambda p: moved(Adam(p, lr=0.1, weight_decay=0.01, decoupled_weight_decay=True)),
+            "Adam with decoupled weight decay 0.01",
+            adam_edge(0.1, weight_decay=0.01),
+        ),
+        (lambda p: moved(Adam(p, lr=0.1, weight_decay=0.01)), "Adam with weight decay 0.01", 380),
+        (
+            lambda p: SGD([{"params": [p[0]]}, {"params": holder(2), "lr": 0.2}], lr=0.1, momentum=0.9),
+            "gradient descent with momentum 0.9 and rates by group",
+            3.8,
+        ),
     ],
 )
 def test_laws_are_named_and_valued(make, name, edge):
@@ -290,6 +301,7 @@ class Subclass(SGD):
             "weight_decay must be below 2/learning_r",
         ),
         (lambda: changed(SGD(holder(2), lr=0.1), weight_decay=-0.1), "SGD", "weight_decay must be non-negative"),
+        (lambda: changed(moved(Adam(holder(2))), weight_decay=-0.1), "Adam", "weight_decay must be non-negative"),
         (lambda: changed(SAM(holder(2), lr=0.1), rho=-0.1), "SAM around SGD", "rho must be non-negative"),
         (lambda: frozen(SGD(holder(2), lr=0.1)), "SGD", "no parameter of this optimizer needs a gradient"),
         (lambda: dead(moved(Adam(holder(2), eps=0.0))), "Adam", "zero or not finite in some coordinate"),
