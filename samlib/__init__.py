@@ -11,8 +11,18 @@ __version__ = "0.1.0"
 _HOME = {
     "gd_edge": "edges",
     "sam_edge": "edges",
-    "growth_factor": "edges",
-    "two_cycle_radius": "edges",
+    "usam_edge": "edges",
+    "momentum_edge": "edges",
+    "adam_edge": "edges",
+    "stale_edge": "edges",
+    "sam_negative_range": "edges",
+    "EdgeLaw": "laws",
+    "edge_law": "laws",
+    "stability_limit": "stability",
+    "effective_curvature": "stability",
+    "growth_factor": "stability",
+    "spectral_radius": "stability",
+    "two_cycle_radius": "stability",
     "Objective": "objective",
     "SAM": "optim",
     "frozen_batch_statistics": "optim",
@@ -42,14 +52,16 @@ __all__ = sorted(_HOME)
 if TYPE_CHECKING:
     from .config import RunConfig, grid
     from .datasets import Dataset, load_dataset
-    from .edges import gd_edge, growth_factor, sam_edge, two_cycle_radius
+    from .edges import adam_edge, gd_edge, momentum_edge, sam_edge, sam_negative_range, stale_edge, usam_edge
     from .eigen import EigenResult, power_iteration, top_eigenpairs
     from .hessian import HessianOperator
+    from .laws import EdgeLaw, edge_law
     from .models import CNN, MLP, Transformer
     from .objective import Objective
     from .optim import SAM, frozen_batch_statistics, gd_step, sam_step
     from .runs import Run, RunStore, published_runs
     from .spectrum import hutchinson_trace, spectral_density
+    from .stability import effective_curvature, growth_factor, spectral_radius, stability_limit, two_cycle_radius
     from .training import train, train_grid
 
 

@@ -20,7 +20,8 @@ import math
 from collections.abc import Callable
 from typing import Any
 
-from .edges import Real, _arrays, _check, _namespace, _result, sam_edge
+from .broadcast import Real, arrays, check, namespace, result
+from .edges import sam_edge
 
 __all__ = ["held_cycle_radius", "held_edge", "previous_gradient_edge", "rotation_period", "why_no_edge"]
 
@@ -60,8 +61,8 @@ def held_edge(grad_norm: Real, learning_rate: Real, rho: Real, every: float) -> 
     sam = sam_edge(grad_norm, learning_rate, rho)
     if (k := _whole(every)) == 1:
         return sam
-    g, eta, radius, sam = _arrays(grad_norm, learning_rate, rho, sam)
-    xp = _namespace(sam)
+    g, eta, radius, sam = arrays(grad_norm, learning_rate, rho, sam)
+    xp = namespace(sam)
     # In x = ηλ: (1 − mᵏ)(a + ρx) = 2a with a = η‖g‖.
     a, one = eta * g, xp.ones_like(sam)
     short = (radius < a) | (radius == 0)
@@ -84,7 +85,7 @@ def held_edge(grad_norm: Real, learning_rate: Real, rho: Real, every: float) -> 
         low, high = xp.where(short, one, least), xp.where(short, most, eta * sam)
         x = xp.where(short & below(high), 2 * one, _bisect(below, low, high, xp))
     x = xp.where(radius == 0, 2 * one, x)
-    return _result(xp.where(g == g, x, g) / eta)
+    return result(xp.where(g == g, x, g) / eta)
 
 
 def held_cycle_radius(curvature: Real, learning_rate: Real, rho: Real, every: float) -> Real:
@@ -111,16 +112,16 @@ def held_cycle_radius(curvature: Real, learning_rate: Real, rho: Real, every: fl
     >>> round(held_cycle_radius(2.0, 0.25, 0.1, 2), 6)
     0.06
     """
-    _check("learning_rate", learning_rate, positive=True)
-    _check("rho", rho)
-    _check("curvature", curvature, positive=True)
+    check("learning_rate", learning_rate, positive=True)
+    check("rho", rho)
+    check("curvature", curvature, positive=True)
     k = _whole(every)
-    lam, eta, radius = _arrays(curvature, learning_rate, rho)
+    lam, eta, radius = arrays(curvature, learning_rate, rho)
     if not bool((eta * lam < 2).all()):
         raise ValueError(f"curvature must lie below 2/learning_rate for a cycle to exist, got {curvature!r}")
-    xp = _namespace(lam)
+    xp = namespace(lam)
     approach = xp.ones_like(lam) if k == math.inf else _approach(eta * lam, k, xp)
-    return _result(radius * approach / (2 - approach))
+    return result(radius * approach / (2 - approach))
 
 
 def previous_gradient_edge(update_norm: Real, learning_rate: Real, rho: Real) -> Real:
@@ -149,16 +150,16 @@ def previous_gradient_edge(update_norm: Real, learning_rate: Real, rho: Real) ->
     >>> previous_gradient_edge(1.0, 0.5, 0.1)  # flips
     6.666666666666667
     """
-    _check("learning_rate", learning_rate, positive=True)
-    _check("rho", rho)
-    _check("update_norm", update_norm, allow_nan=True)
-    u, eta, radius = _arrays(update_norm, learning_rate, rho)
-    xp = _namespace(u)
+    check("learning_rate", learning_rate, positive=True)
+    check("rho", rho)
+    check("update_norm", update_norm, allow_nan=True)
+    u, eta, radius = arrays(update_norm, learning_rate, rho)
+    xp = namespace(u)
     a, one = eta * u, xp.ones_like(u)
     flips = (a > 4 * radius) | (radius == 0)
     turn = a / xp.where(flips, one, radius)
     flip = 2 / (1 - 2 * xp.where(flips, radius, one * 0) / xp.where(a > 0, a, one))
-    return _result(xp.where(u == u, xp.where(flips, flip, turn), u) / eta)
+    return result(xp.where(u == u, xp.where(flips, flip, turn), u) / eta)
 
 
 def rotation_period(curvature: Real, learning_rate: Real) -> Real:
@@ -179,14 +180,14 @@ def rotation_period(curvature: Real, learning_rate: Real) -> Real:
     >>> round(rotation_period(2.0, 0.5), 12)
     6.0
     """
-    _check("learning_rate", learning_rate, positive=True)
-    _check("curvature", curvature, positive=True)
-    lam, eta = _arrays(curvature, learning_rate)
+    check("learning_rate", learning_rate, positive=True)
+    check("curvature", curvature, positive=True)
+    lam, eta = arrays(curvature, learning_rate)
     if not bool((eta * lam <= 4).all()):
         raise ValueError(f"curvature must be at most 4/learning_rate, beyond which steps flip, got {curvature!r}")
-    xp = _namespace(lam)
+    xp = namespace(lam)
     x = eta * lam
-    return _result(math.pi / xp.arctan2(xp.sqrt(x), xp.sqrt(4 - x)))  # arccos(1 − x/2)/2, without cancellation
+    return result(math.pi / xp.arctan2(xp.sqrt(x), xp.sqrt(4 - x)))  # arccos(1 − x/2)/2, without cancellation
 
 
 def why_no_edge(every: float, beta: float) -> str | None:

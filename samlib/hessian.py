@@ -7,7 +7,7 @@ from torch import Tensor
 
 from .objective import Objective
 
-__all__ = ["HessianOperator", "ScaledOperator"]
+__all__ = ["HessianOperator"]
 
 
 class HessianOperator:
@@ -61,14 +61,3 @@ class HessianOperator:
         return torch.zeros_like(vector) if product is None else product
 
     __matmul__ = matvec
-
-
-class ScaledOperator:
-    """temporary"""
-
-    def __init__(self, operator, scale) -> None:
-        self.operator, self.root = operator, scale.sqrt()
-        self.shape, self.dtype, self.device = operator.shape, operator.dtype, operator.device
-
-    def __matmul__(self, vector):
-        return self.root * (self.operator @ (self.root * vector))

@@ -15,10 +15,10 @@ from torch import Tensor, nn
 
 from .edges import gd_edge, sam_edge
 from .eigen import extreme_eigenpairs
-from .hessian import HessianOperator, ScaledOperator
-from .laws import EdgeLaw, edge_law
+from .hessian import HessianOperator
+from .laws import EdgeLaw
 from .objective import Objective
-from .rules import optimizer
+from .rules import law_of, optimizer
 from .settings import Settings
 from .stepping import Step, descent_from
 
@@ -141,18 +141,19 @@ def edge(point: Point) -> dict[str, float]:
         "grad_alignment": _cosine(grad, principal),
         "sam_grad_alignment": _cosine(point.descent, principal),
     }
-    if point.law.scale is not None:
-        row |= _preconditioned(point, point.law.scale)
+    acting = point.law.operator(operator)
+    if acting is not operator:
+        row |= _preconditioned(point, acting)
         row["matvecs"] += row.pop("preconditioned_matvecs")
     norm = row.get("preconditioned_norm", norm)
     row["edge_ratio"] = norm / row["edge"] if row["edge"] != 0 else math.inf
     return row
 
 
-def _preconditioned(point: Point, scale: Tensor) -> dict[str, Any]:
+def _preconditioned(point: Point, acting: Any) -> dict[str, Any]:
     """The norm of D^½ H D^½, and the alignment of the gradient in the coordinates D^-½ w."""
     eigen = extreme_eigenpairs(
-        ScaledOperator(point.operator, scale),
+        acting,
         1,
         1,
         point.memory.get("preconditioned"),
@@ -165,7 +166,7 @@ def _preconditioned(point: Point, scale: Tensor) -> dict[str, Any]:
     return {
         "preconditioned_norm": float(eigen.values[largest].abs()),
         "preconditioned_residual": float(eigen.residuals[largest]),
-        "preconditioned_alignment": _cosine(scale.sqrt() * point.gradient, eigen.vectors[:, largest]),
+        "preconditioned_alignment": _cosine(acting.root * point.gradient, eigen.vectors[:, largest]),
         "preconditioned_matvecs": eigen.matvecs,
     }
 
@@ -194,7 +195,7 @@ def measure(
         FloatingPointError: if the Hessian or the gradient is not finite.
     """
     operator = HessianOperator(objective or task.measured(step), params)
-    law = edge_law(optimizer(task.config, [nn.Parameter(operator.params.clone())]))
+    law = law_of(task.config, optimizer(task.config, [nn.Parameter(operator.params.clone())]))
     descent = descent_from(operator, task.config)
     memory = {} if memory is None else memory
     return observe(Point(task, step, operator, descent, law, task.config.learning_rate, memory))

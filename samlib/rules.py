@@ -14,13 +14,14 @@ import torch
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import CosineAnnealingLR, LRScheduler, OneCycleLR
 
+from .laws import EdgeLaw, edge_law
 from .optim import SAM
 from .settings import BelowOne, NonNegative, Settings, Truth
 
 if TYPE_CHECKING:
     from .config import RunConfig
 
-__all__ = ["BASES", "PLAIN", "RULES", "Base", "Rule", "optimizer", "schedule"]
+__all__ = ["BASES", "PLAIN", "RULES", "Base", "Rule", "law_of", "optimizer", "schedule"]
 
 
 @dataclass(frozen=True)
@@ -52,6 +53,7 @@ class Rule:
         build: makes the optimizer of parameters and a configuration, around a base with options.
         settings: its own settings; ρ is every rule's.
         off: whether a configuration means the base alone.
+        law: the edge of the optimizer as it is, or none and why.
     """
 
     name: str
@@ -59,6 +61,7 @@ class Rule:
     build: Callable[[Iterable[Any], RunConfig, Base], Optimizer]
     settings: type[Settings] = Settings
     off: Callable[[Any], bool] = lambda config: config.rho == 0
+    law: Callable[[Optimizer], EdgeLaw] = edge_law
 
 
 class SGDSettings(Settings):
@@ -113,6 +116,16 @@ RULES = {
         Rule("usam", "unnormalised SAM", _sam(normalize=False)),
     )
 }
+
+
+def law_of(config: RunConfig, optimizer: Optimizer) -> EdgeLaw:
+    """The edge that a run's optimizer is measured against, in its present state.
+
+    No law is known for SAM around Adam: it is measured against Adam's.
+    """
+    law = RULES[config.rule].law(optimizer)
+    base = getattr(optimizer, "base_optimizer", None)
+    return edge_law(base) if law.reason and isinstance(base, torch.optim.Adam) else law
 
 
 def optimizer(config: RunConfig, params: Iterable[Any]) -> Optimizer:

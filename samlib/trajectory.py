@@ -17,9 +17,10 @@ from .config import RunConfig
 from .experiments.task import Task
 from .hessian import HessianOperator
 from .journal import note
-from .laws import EdgeLaw, edge_law
+from .laws import EdgeLaw
 from .observables import OBSERVABLES, PATHS, Point, observe
 from .provenance import provenance
+from .rules import law_of
 from .rules import optimizer as make_optimizer
 from .rules import schedule as make_schedule
 from .runs import Outcome, Run, RunStore
@@ -166,7 +167,7 @@ class Trajectory:
         buffers = task.training.buffers if task.training else {}
         diverged = False
         with base_alone(self.optimizer) if step < config.warmup_steps else nullcontext():
-            law = edge_law(self.optimizer)
+            law = law_of(self.config, self.optimizer)
             try:
                 descent = take(self.optimizer, closure)
                 if operator:
