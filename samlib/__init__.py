@@ -13,16 +13,28 @@ _HOME = {
     "sam_edge": "edges",
     "growth_factor": "edges",
     "two_cycle_radius": "edges",
+    "frobenius_noise_kernel": "edges",
     "Objective": "objective",
     "SAM": "optim",
     "frozen_batch_statistics": "optim",
     "gd_step": "optim",
     "sam_step": "optim",
+    "determinant": "cumulants",
+    "frobenius": "cumulants",
+    "integral": "cumulants",
+    "trace": "cumulants",
+    "universal_gradient": "cumulants",
+    "universal_step": "cumulants",
+    "universal_value": "cumulants",
+    "UniversalSAM": "universal",
     "EigenResult": "hessian",
     "HessianOperator": "hessian",
     "hutchinson_trace": "hessian",
     "power_iteration": "hessian",
     "spectral_density": "hessian",
+    "SpectralSums": "spectrum",
+    "curvature_measures": "spectrum",
+    "spectral_sums": "spectrum",
     "top_eigenpairs": "hessian",
     "CNN": "models",
     "MLP": "models",
@@ -40,8 +52,17 @@ _HOME = {
 __all__ = sorted(_HOME)
 
 if TYPE_CHECKING:
+    from .cumulants import (
+        determinant,
+        frobenius,
+        integral,
+        trace,
+        universal_gradient,
+        universal_step,
+        universal_value,
+    )
     from .datasets import Dataset, load_dataset
-    from .edges import gd_edge, growth_factor, sam_edge, two_cycle_radius
+    from .edges import frobenius_noise_kernel, gd_edge, growth_factor, sam_edge, two_cycle_radius
     from .experiments import RunConfig, grid
     from .hessian import (
         EigenResult,
@@ -55,7 +76,9 @@ if TYPE_CHECKING:
     from .objective import Objective
     from .optim import SAM, frozen_batch_statistics, gd_step, sam_step
     from .runs import Run, RunStore, published_runs
+    from .spectrum import SpectralSums, curvature_measures, spectral_sums
     from .training import train, train_grid
+    from .universal import UniversalSAM
 
 
 def __getattr__(name: str):
