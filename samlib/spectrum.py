@@ -40,11 +40,13 @@ class _Deflated:
 
     def __init__(self, operator: SymmetricOperator, vectors: Tensor) -> None:
         self.operator, self.vectors, self.shape = operator, vectors, operator.shape
+        self.dtype, self.device, self.matvecs = vectors.dtype, vectors.device, 0
 
     def _project(self, vector: Tensor) -> Tensor:
         return vector - self.vectors @ (self.vectors.mT @ vector)
 
     def __matmul__(self, vector: Tensor) -> Tensor:
+        self.matvecs += 1
         return self._project(self.operator @ self._project(vector))
 
 
@@ -92,12 +94,13 @@ def spectral_sums(
     if k < 1 or probes < 1 or steps < 2:
         raise ValueError(f"k and probes must be at least 1 and steps at least 2, got {k}, {probes} and {steps}")
     size, generator = operator.shape[0], generator or torch.Generator().manual_seed(0)
-    leading = top_eigenpairs(operator, min(k, size), "LM", v0, tol, generator=generator)
+    leading = top_eigenpairs(operator, min(k, size), "LM", v0, tol, generator=generator, explore=1)
     top, matvecs = leading.values.double().cpu(), leading.matvecs
     nodes, weights = torch.zeros(2, 1, 2, dtype=torch.float64)
     if len(top) < size:
-        rest = spectral_density(_Deflated(operator, leading.vectors), probes, steps, generator)
-        nodes, weights, matvecs = rest.nodes, rest.weights, matvecs + probes * steps
+        rest = _Deflated(operator, leading.vectors)
+        density = spectral_density(rest, probes, steps, generator)
+        nodes, weights, matvecs = density.nodes, density.weights, matvecs + rest.matvecs
     shorter = _without_last_step(nodes, weights)
     values, errors = {}, {}
     for name, f in functions.items():
