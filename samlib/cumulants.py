@@ -24,6 +24,7 @@ import torch
 from torch import Tensor
 
 __all__ = [
+    "combined_gradient",
     "determinant",
     "frobenius",
     "integral",
@@ -131,15 +132,23 @@ def universal_gradient(
 
     Source: Tahmasebi et al. (2024), arXiv:2406.03682, for plain directions.
     """
-    loss, gradient = value_and_gradient(params)
-    changes, differences = [], []
-    for x in directions:
-        around = [value_and_gradient(params + sign * rho * x) for sign in signs(paired)]
-        losses, gradients = (torch.stack(both).mean(0) for both in zip(*around, strict=True))
-        changes.append((losses.double() - loss.double()) / rho**2)
-        differences.append(gradients - gradient)
-    weights = sharpness_weights(sharpness, torch.stack(changes)).to(gradient)
-    return gradient + strength * (weights[..., None] * torch.stack(differences)).sum(0)
+    around = [[value_and_gradient(params + sign * rho * x) for x in directions] for sign in signs(paired)]
+    losses, gradients = (torch.stack([torch.stack([pair[i] for pair in side]) for side in around]) for i in (0, 1))
+    return combined_gradient(*value_and_gradient(params), losses, gradients, rho, strength, sharpness)
+
+
+def combined_gradient(
+    loss: Tensor,
+    gradient: Tensor,
+    losses: Tensor,
+    gradients: Tensor,
+    rho: float,
+    strength: float,
+    sharpness: Sharpness,
+) -> Tensor:
+    """∇F from the loss () and gradient (P,) at w, and those around it, shapes (signs, n) and (signs, n, P)."""
+    weights = sharpness_weights(sharpness, (losses.double().mean(0) - loss.double()) / rho**2).to(gradient)
+    return gradient + strength * (weights[..., None] * (gradients.mean(0) - gradient)).sum(0)
 
 
 def universal_step(
