@@ -26,6 +26,7 @@ from torch import Tensor
 __all__ = [
     "combined_gradient",
     "determinant",
+    "determinant_share",
     "frobenius",
     "integral",
     "sharpness_weights",
@@ -83,6 +84,19 @@ class integral:
 
     def __call__(self, changes: Tensor) -> Tensor:
         return self.phi(self.psi(changes).mean(0))
+
+
+def determinant_share(eigenvalues: Tensor, beta: float) -> float:
+    """Π √(1 + 2βλ)/(1 + βλ): which share of many samples counts in :class:`determinant` at a minimum.
+
+    It is the effective number (Σ c)²/Σ c² over n, for all eigenvalues λ ≥ 0 of the Hessian, any shape. Where βλ ≪ 1
+    it is exp(−β² ‖H‖²_F/2): one large eigenvalue costs little, many small ones cost all.
+
+    >>> round(determinant_share(torch.full((10,), 2.5**0.5), beta=0.3), 2)
+    0.58
+    """
+    scaled = beta * eigenvalues.double()
+    return float((0.5 * torch.log1p(2 * scaled) - torch.log1p(scaled)).sum().exp())
 
 
 def sharpness_weights(sharpness: Sharpness, changes: Tensor) -> Tensor:
