@@ -19,7 +19,7 @@ import pandas as pd
 import torch
 from torch import Tensor
 
-from .cumulants import Sharpness, combined_gradient, determinant, frobenius, integral, signs, trace
+from .cumulants import Sharpness, combined_gradient, determinant, determinant_share, frobenius, integral, signs, trace
 from .optim import EPSILON
 
 __all__ = [
@@ -141,7 +141,7 @@ def hyperbola_flow(sharpness: Sharpness, pull: float, start: float, times: Seque
     def slope(s: float) -> float:
         if isinstance(sharpness, determinant):
             return 1 / (2 * (1 + sharpness.beta * s))
-        return {trace: 0.5, frobenius: s / 2}[sharpness]
+        return 0.5 if sharpness is trace else s / 2
 
     return flow(lambda s: -4 * pull * slope(s) * (s - 4 / s), start, times)
 
@@ -153,7 +153,7 @@ def scale_flow(sharpness: Sharpness, pull: float, times: Sequence[float]) -> lis
         if isinstance(sharpness, determinant):
             beta = sharpness.beta
             return -2 / (c * (c**2 + 2 * beta)) - 1 / (c * (c**2 + beta))
-        return {trace: -3 / c**3, frobenius: -5 / c**5}[sharpness]
+        return -3 / c**3 if sharpness is trace else -5 / c**5
 
     return flow(lambda c: -pull * slope(c), 1.0, times)
 
@@ -181,12 +181,16 @@ HYPERBOLA_RULES = (
     Rule("frobenius", frobenius, 1, 4),
     Rule("frobenius", frobenius, 0.2, 16, paired=False, slow=5),
     Rule("determinant", _ONE, 8, 16, slow=2),
-    # These diverge or climb, as the theory of plain directions says.
+)
+"""Rules that follow the tangential flow, or have none."""
+
+HYPERBOLA_FAILURES = (
     Rule("frobenius", frobenius, 1, 4, paired=False),
     Rule("determinant", _ONE, 4, 16, paired=False),
     Rule("published determinant", _PUBLISHED, 1, 1, paired=False, rho=1.0),
     Rule("published determinant", _PUBLISHED, 1, 1, paired=False, rho=1.0, half_width=0.01),
 )
+"""Past the edge ηl(1 + λl) = 2; an ascent, since λβl/(1 + βl) > 1; as published; and as published, with its cube."""
 
 
 def hyperbola_table(seed: int = 0, copies: int = 32, steps: Sequence[int] = (300, 600, 1500)) -> pd.DataFrame:
@@ -194,11 +198,12 @@ def hyperbola_table(seed: int = 0, copies: int = 32, steps: Sequence[int] = (300
     start = torch.tensor([2.5, 0.41], dtype=torch.float64).expand(copies, 2)
     settled = float(simulate(hyperbola, start[:1], HYPERBOLA_RULES[0], [500]).square().sum())
     rows = []
-    for rule in HYPERBOLA_RULES:
+    for rule in HYPERBOLA_RULES + HYPERBOLA_FAILURES:
         path = simulate(hyperbola, start, rule, [n * rule.slow for n in steps], seed)
-        times = [rule.learning_rate * n * rule.slow for n in steps]
-        measured = rule.sharpness is not None and rule.sharpness is not _PUBLISHED
-        theory = hyperbola_flow(rule.sharpness, rule.pull, settled, times) if measured else [math.nan] * len(steps)
+        theory = [math.nan] * len(steps)
+        if rule.sharpness and rule in HYPERBOLA_RULES:
+            times = [rule.learning_rate * n * rule.slow for n in steps]
+            theory = hyperbola_flow(rule.sharpness, rule.pull, settled, times)
         for n, w, expected in zip(steps, path, theory, strict=True):
             values = {"trace": w.square().sum(-1), "loss": hyperbola(w)[0]}
             rows.append(_row(rule, values) | {"steps": n * rule.slow, "flow": expected})
@@ -218,29 +223,34 @@ RESTING_RULES = (
             ("log_determinant", "determinant", _ONE, 6, 16, True, 1),
             ("log_determinant", "determinant", _ONE, 6, 2, True, 1),
             ("log_determinant", "determinant", _ONE, 6, 1, True, 1),
-            ("log_determinant", "determinant", _ONE, 1, 16, False, 6),
+            ("log_determinant", "determinant", _ONE, 1, 16, False, 5),
             ("log_determinant", "determinant", determinant(10.0), 6, 32, True, 1),
         )
     ),
 )
 
 
-def resting_table(seed: int = 0, copies: int = 8, steps: int = 1500) -> pd.DataFrame:
+def resting_table(
+    seed: int = 0, copies: int = 8, steps: int = 1500, rules: Sequence[tuple[str, Rule]] = RESTING_RULES
+) -> pd.DataFrame:
     """u in the valley from 0.6 and from −0.9: the mean over the second half of the run, beside :func:`resting_place`.
 
-    With two samples and fewer the determinant leans to the trace; with one it is the trace.
+    With two samples and fewer the determinant leans to the trace; with one it is the trace. ``share`` is that of the
+    samples that count there, :func:`determinant_share`; ``wander`` the deviation along the path.
     """
     noise = torch.randn(2 * copies, 2, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
     starts = torch.tensor([0.6, -0.9], dtype=torch.float64).repeat_interleave(copies)
     start = torch.cat([0.05 * noise, starts[:, None]], 1)
     rows = []
-    for measure, rule in RESTING_RULES:
+    for measure, rule in rules:
         total = steps * rule.slow
         path = simulate(valley, start, rule, range(total // 2, total, max(1, total // 300)), seed)[..., 2]
         beta = rule.sharpness.beta if isinstance(rule.sharpness, determinant) else 1.0
+        place = resting_place(measure, beta)
+        share = determinant_share(torch.tensor([math.exp(2 * place), math.exp(-place)]), beta)
         for u, part in zip((0.6, -0.9), path.split(copies, 1), strict=True):
             row = _row(rule, {"u": part.mean(0)}) | {"start": u, "steps": total, "measure": measure, "beta": beta}
-            rows.append(row | {"wander": float(part.std(0).mean()), "theory": resting_place(measure, beta)})
+            rows.append(row | {"wander": float(part.std(0).mean()), "theory": place, "share": share})
     return pd.DataFrame(rows)
 
 
@@ -269,7 +279,7 @@ def scale_table(seed: int = 0, copies: int = 16, steps: int = 3000) -> pd.DataFr
     return pd.DataFrame(rows)
 
 
-def invariance_table(x: float = 1.0, y: float = 0.8, factors: Sequence[float] = (1, 2, 5)) -> pd.DataFrame:
+def invariance_table(x: float = 0.8, y: float = 1.0, factors: Sequence[float] = (1, 2, 5)) -> pd.DataFrame:
     """Measures of the hyperbola at (cx, y/c), where the loss is the same: det H does not change, all others do."""
     rows = []
     for c in factors:
@@ -285,5 +295,5 @@ def _row(rule: Rule, values: dict[str, Tensor]) -> dict[str, Any]:
     row: dict[str, Any] = {key: getattr(rule, key) for key in ("name", "strength", "samples", "paired", "rho")}
     row |= {"learning_rate": rule.learning_rate, "half_width": rule.half_width, "diverged": int((~finite).sum())}
     for key, value in values.items():
-        row |= {key: float(value[finite].mean()), f"{key}_sd": float(value[finite].std())}
+        row |= {key: float(value[finite].mean()), f"{key}_sd": float(value[finite].std()) if finite.sum() > 1 else 0.0}
     return row
