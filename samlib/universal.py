@@ -79,7 +79,7 @@ class UniversalSAM(torch.optim.Optimizer):
         self.sharpness, self.paired, self.steps = _named(sharpness), bool(paired), 0
         self.samples = _samples(samples, self.sharpness)
         self.directions = _directions(directions)
-        self.generator = torch.Generator().manual_seed(seed)
+        self.generator = torch.Generator("cpu").manual_seed(seed)
         super().__init__(params, {"rho": rho, "strength": strength})
         self.base_optimizer = base_optimizer(self.param_groups, **kwargs)
         if clash := {"rho", "strength"} & self.base_optimizer.defaults.keys():
@@ -143,7 +143,7 @@ class UniversalSAM(torch.optim.Optimizer):
         for i, (p, group) in enumerate(moved.items()):
             update = plain[p].clone()
             for c, (_, gradients) in zip(weights[-1 if group.get("maximize") else 1].tolist(), around, strict=True):
-                update.add_(gradients[i] - plain[p], alpha=group["strength"] * c)
+                update.add_(gradients[i].sub_(plain[p]), alpha=group["strength"] * c)
             p.grad = update
 
     def _sample(self, evaluate: Callable[[], Any], moved: list[Tensor], rho: float) -> list[tuple[float, list[Tensor]]]:
@@ -172,7 +172,7 @@ class UniversalSAM(torch.optim.Optimizer):
 
     def _draw(self, like: Tensor) -> Tensor:
         """A random direction. A generator on the CPU seeds one where the parameter is: its state fits any device."""
-        seed = int(torch.randint(2**62, (), generator=self.generator))
+        seed = int(torch.randint(2**62, (), generator=self.generator, device="cpu"))
         generator = torch.Generator(like.device).manual_seed(seed)
         x = torch.empty_like(like, memory_format=torch.contiguous_format)
         if self.directions == "normal":
@@ -201,9 +201,10 @@ class UniversalSAM(torch.optim.Optimizer):
                 own["sharpness"] = _NAMES[name](**numbers)
             elif name != self.state_dict()["universal"]["sharpness"]:
                 raise ValueError(f"the state was saved with the function {name!r} as sharpness: construct it with that")
-            self.generator.set_state(own.pop("generator"))
         super().load_state_dict(state_dict)
-        self.__dict__.update(own)
+        if own:
+            self.generator.set_state(own.pop("generator"))
+            self.__dict__.update(own)
         for group in self.param_groups:  # the state of a plain optimizer has neither
             group.setdefault("rho", self.defaults["rho"])
             group.setdefault("strength", self.defaults["strength"])

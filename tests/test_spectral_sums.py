@@ -86,6 +86,8 @@ def test_the_stated_error_is_that_of_gaussian_vectors():
     rest = np.sort(np.abs(values))[:-12]
     sums = curvature_measures(with_spectrum(values), tol=1e-8)
     assert sums.errors["trace"] == pytest.approx((2 * np.sum(rest**2) / 3) ** 0.5, rel=0.1)
+    norm = (2 * np.sum(rest**4) / 3) ** 0.5 / (2 * np.linalg.norm(values))
+    assert sums.errors["frobenius_norm"] == pytest.approx(norm, rel=0.2)
 
 
 def test_all_is_exact_where_the_leading_pairs_are_the_whole_spectrum():
