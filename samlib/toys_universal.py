@@ -295,5 +295,6 @@ def _row(rule: Rule, values: dict[str, Tensor]) -> dict[str, Any]:
     row: dict[str, Any] = {key: getattr(rule, key) for key in ("name", "strength", "samples", "paired", "rho")}
     row |= {"learning_rate": rule.learning_rate, "half_width": rule.half_width, "diverged": int((~finite).sum())}
     for key, value in values.items():
-        row |= {key: float(value[finite].mean()), f"{key}_sd": float(value[finite].std()) if finite.sum() > 1 else 0.0}
+        deviation = math.nan if not finite.any() else float(value[finite].std(correction=0))
+        row |= {key: float(value[finite].mean()), f"{key}_sd": deviation}
     return row
