@@ -136,8 +136,8 @@ def sgd_sharpness(theta: Tensor, fraction: float, outputs: int = 1, tol: float =
 def _decomposed(theta: Tensor, outputs: int) -> tuple[Tensor, Tensor, bool]:
     """Eigenvalues (NC,) of Θ, smallest first, eigenvectors (N, C, NC), and whether some eigenvalues are zero."""
     matrix = torch.as_tensor(theta).double()
-    rows = len(matrix)
-    if matrix.shape != (rows, rows) or not rows or rows % outputs:
+    rows = matrix.shape[0] if matrix.dim() == 2 else 0
+    if not rows or matrix.shape[1] != rows or rows % outputs:
         raise ValueError(f"theta must be NC × NC with C = {outputs} outputs, got {tuple(matrix.shape)}")
     if rows > MOST_ROWS:
         raise ValueError(f"theta has {rows:,} rows; at most {MOST_ROWS:,} are allowed, take fewer examples")

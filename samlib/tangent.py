@@ -116,7 +116,7 @@ def require_squared_error(objective: Objective, params: Tensor) -> int:
     if f.shape != y.shape:
         found = f"outputs shaped {tuple(f.shape[1:])} and targets shaped {tuple(y.shape[1:])} for each example"
     else:
-        away = torch.arange(f.numel(), device=f.device).cos().view_as(f) * (1 + (f - y).abs().max())
+        away = torch.arange(f.numel(), device=f.device).cos().view_as(f) * 10 * (1 + (f - y).abs().max())
         if all(_slope_is_that_of_squared_error(objective, at, y) for at in (f, f + away)):
             return f[0].numel()
         found = "another derivative with respect to the outputs"
@@ -175,7 +175,7 @@ class _Jacobian:
         layers = [m for m in self._model.modules() if isinstance(m, nn.Linear)]
         handles = [layer.register_forward_hook(record) for layer in layers]
         try:
-            f = self._forward(self._w, inputs).flatten(1).sum(0)
+            f = self._forward(self._w, inputs).reshape(len(inputs), -1).sum(0)
         finally:
             for handle in handles:
                 handle.remove()
@@ -189,7 +189,7 @@ class _Jacobian:
         """Whether the linear layers account for the whole derivative by w: |Jᵀu|² against autograd's, for one u."""
         w = self._w.clone().requires_grad_()
         with torch.enable_grad():
-            f = self._forward(w, inputs).flatten(1)
+            f = self._forward(w, inputs).reshape(len(inputs), -1)
         u = torch.arange(f.numel(), dtype=f.dtype, device=f.device).cos().view_as(f)
         expected = torch.autograd.grad(f, w, u)[0].square().sum()
         found = [torch.einsum("nc,ncq,np->qp", u, delta, a).square().sum() for a, delta in factors]
