@@ -2,7 +2,7 @@
 
 With N examples of C outputs and the Jacobian J (NC, P) of all outputs, ordered example by example, squared error (the
 mean over examples *and* outputs of (f − y)², without ½) moves the outputs by −η Θ (f − y) in a step of gradient
-descent, to first order, with Θ = (2/NC) J Jᵀ. Everything here is in float64, whatever the network's own precision.
+descent, to first order, with Θ = (2/NC) J Jᵀ.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ def ntk_blocks(objective: Objective, params: Tensor) -> Tensor:
     """The blocks (2/C) J_i J_iᵀ of N·Θ, one for each example; the mean of their traces is the trace of Θ, exactly.
 
     Networks of linear layers on vectors cost C backward passes without derivatives of weights, two or three gradients
-    in all. For others each example's Jacobian is computed.
+    in all. For others each example's Jacobian is computed. Derivatives have the precision of ``params``.
 
     Args:
         objective: the examples and the network, with squared error as its loss.
@@ -61,7 +61,8 @@ def ntk_blocks(objective: Objective, params: Tensor) -> Tensor:
 def ntk_matrix(objective: Objective, params: Tensor) -> Tensor:
     """The tangent kernel Θ = (2/NC) J Jᵀ, rows ordered example by example.
 
-    Its non-zero eigenvalues are those of the Gauss–Newton matrix (2/NC) Jᵀ J.
+    Its non-zero eigenvalues are those of the Gauss–Newton matrix (2/NC) Jᵀ J. All of it is computed in float64,
+    whatever the network's own precision.
 
     Args:
         objective: the examples and the network, with squared error as its loss.
@@ -139,9 +140,9 @@ class _Jacobian:
     """The factors of J for any inputs, as precise as w; those of ``length`` examples fit into memory at a time."""
 
     def __init__(self, objective: Objective, params: Tensor, outputs: int) -> None:
-        self._model = copy.deepcopy(objective.model).to(params.dtype)
+        self._model, self._w = copy.deepcopy(objective.model).double(), params.double()
         self._forward = _functional(self._model)
-        self._w = params
+        self._layers = [m for m in self._model.modules() if isinstance(m, nn.Linear)]
         probe = self._precise(objective.inputs[:PROBE])
         factors = self._by_layers(probe)
         self._factors, numbers = self._by_layers, sum(a.shape[1] + delta[0].numel() for a, delta in factors)
@@ -149,6 +150,7 @@ class _Jacobian:
             self._factors, numbers = self._by_outputs, outputs * objective.size
         _bounded(f"derivatives of {outputs} outputs by {objective.size} parameters", numbers)
         self.length = max(1, MOST_BYTES // (8 * numbers))
+        self._model, self._w = self._model.to(params.dtype), params
 
     def __call__(self, inputs: Tensor) -> list[Factor]:
         return self._factors(self._precise(inputs))
@@ -165,15 +167,14 @@ class _Jacobian:
         called: list[tuple[Tensor, Tensor]] = []
 
         def record(layer: nn.Module, arguments: tuple[Tensor, ...], output: Tensor) -> Tensor | None:
-            a = arguments[0].detach()
-            if a.dim() != 2:
+            if not arguments or arguments[0].dim() != 2:
                 return None
+            a = arguments[0].detach()
             one = torch.ones_like(a[:, :1]) if layer.bias is not None else a[:, :0]
             called.append((torch.cat([a, one], 1), output.requires_grad_()))
             return output.clone()  # so that what is differentiated by is not changed in place
 
-        layers = [m for m in self._model.modules() if isinstance(m, nn.Linear)]
-        handles = [layer.register_forward_hook(record) for layer in layers]
+        handles = [layer.register_forward_hook(record) for layer in self._layers]
         try:
             f = self._forward(self._w, inputs).reshape(len(inputs), -1).sum(0)
         finally:
@@ -186,15 +187,17 @@ class _Jacobian:
         return [(a, torch.stack(delta, 1)) for (a, _), delta in zip(called, zip(*deltas, strict=True), strict=True)]
 
     def _explained(self, factors: list[Factor], inputs: Tensor) -> bool:
-        """Whether the linear layers account for the whole derivative by w: |Jᵀu|² against autograd's, for one u."""
+        """Whether linear layers hold all parameters and account for the whole derivative: |Jᵀu|² is autograd's."""
+        held = {p for layer in self._layers for p in layer.parameters()}
+        if held != set(self._model.parameters()):
+            return False
         w = self._w.clone().requires_grad_()
         with torch.enable_grad():
             f = self._forward(w, inputs).reshape(len(inputs), -1)
         u = torch.arange(f.numel(), dtype=f.dtype, device=f.device).cos().view_as(f)
         expected = torch.autograd.grad(f, w, u)[0].square().sum()
-        found = [torch.einsum("nc,ncq,np->qp", u, delta, a).square().sum() for a, delta in factors]
-        error = torch.stack(found).sum() - expected if found else expected
-        return bool(found) and bool(error.abs() <= torch.finfo(w.dtype).eps ** 0.5 * expected)
+        found = sum(float(torch.einsum("nc,ncq,np->qp", u, delta, a).square().sum()) for a, delta in factors)
+        return found > 0 and abs(found - float(expected)) <= 1e-9 * found
 
     @torch.enable_grad()
     def _by_outputs(self, inputs: Tensor) -> list[Factor]:

@@ -47,8 +47,9 @@ def test_products_are_those_of_the_dense_matrix(name, chunk_size, retain):
 
 
 @pytest.mark.parametrize("name", PROBLEMS)
-def test_leading_eigenpairs_through_the_solver(name):
-    objective, params = problem(name)
+@pytest.mark.parametrize("retain", [True, False])
+def test_leading_eigenpairs_through_the_solver(name, retain):
+    objective, params = problem(name, chunk_size=4, retain_graph=retain)
     jacobian, curvature = dense_jacobian(objective, params), output_hessian(objective, params)
     expected = torch.linalg.eigvalsh(jacobian.T @ curvature @ jacobian)
     result = top_eigenpairs(GaussNewtonOperator(objective, params), 3, tol=1e-9, max_matvecs=600)

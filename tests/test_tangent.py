@@ -28,6 +28,17 @@ class Scaled(nn.Module):
         return self.inner(x) * self.scale
 
 
+class Faint(nn.Module):
+    """A parameter outside of the layer that hardly matters, and a layer called by keyword."""
+
+    def __init__(self):
+        super().__init__()
+        self.inner, self.shift = nn.Linear(5, 3), nn.Parameter(torch.ones(3))
+
+    def forward(self, x):
+        return self.inner(input=x) + 1e-7 * self.shift
+
+
 class Tied(nn.Module):
     """A layer that is called twice."""
 
@@ -80,7 +91,7 @@ BY_LAYERS = {
     "residual": Residual,
     "one output": lambda: nn.Sequential(nn.Linear(5, 1), nn.Flatten(0)),
 }
-BY_OUTPUTS = {"scaled": Scaled, "tied": Tied, "bypassed": Bypassed, "tokens": Tokens}
+BY_OUTPUTS = {"scaled": Scaled, "faint": Faint, "tied": Tied, "bypassed": Bypassed, "tokens": Tokens}
 
 
 def objective_of(make, examples=9, seed=0, dtype=torch.float64, **settings):
