@@ -178,6 +178,21 @@ def test_sam_factor_averages_numerator_and_denominator_over_mini_batches():
     assert sam_factor(objective, params, 0.3, 1, batches) == sam_factor(objective, params, 0.3, 1, batches)
 
 
+def test_sam_factor_of_the_full_batch_needs_no_average():
+    objective, params = linear_objective()
+    calls = []
+
+    def counted(f, y):
+        calls.append(len(y))
+        return mean_squared_error(f, y)
+
+    counting = Objective(objective.model, counted, objective.inputs, objective.targets)
+    sam_factor(counting, params, 0.1, 6, batches=1)
+    alone = len(calls)
+    sam_factor(counting, params, 0.1, 6, batches=50)
+    assert len(calls) == 2 * alone
+
+
 def test_sam_factor_without_a_gradient_is_not_a_number():
     objective, params = linear_objective()
     solved = Objective(objective.model, objective.loss, objective.inputs, objective.forward(params, objective.inputs))
