@@ -73,7 +73,16 @@ if TYPE_CHECKING:
         universal_value,
     )
     from .datasets import Dataset, load_dataset
-    from .edges import adam_edge, frobenius_noise_kernel, gd_edge, momentum_edge, sam_edge, sam_negative_range, stale_edge, usam_edge
+    from .edges import (
+        adam_edge,
+        frobenius_noise_kernel,
+        gd_edge,
+        momentum_edge,
+        sam_edge,
+        sam_negative_range,
+        stale_edge,
+        usam_edge,
+    )
     from .eigen import EigenResult, power_iteration, top_eigenpairs
     from .hessian import HessianOperator
     from .laws import EdgeLaw, edge_law

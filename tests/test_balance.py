@@ -9,7 +9,11 @@ from torch import nn
 from torch.nn import functional as F
 
 from samlib import Objective
-from samlib.balance import (
+from samlib.features import gini, lorenz_curve
+from samlib.gradient_parts import PARTS, confined, gradient_part, remainder
+from samlib.objective import flatten_parameters
+from samlib.optim import frozen_batch_statistics, sam_perturb
+from samlib.toys.balance import (
     at_loss,
     diagonal_flow,
     diagonal_invariant,
@@ -19,10 +23,6 @@ from samlib.balance import (
     phantom_weights,
     two_groups,
 )
-from samlib.features import gini, lorenz_curve
-from samlib.gradient_parts import PARTS, confined, gradient_part, remainder
-from samlib.objective import flatten_parameters
-from samlib.optim import frozen_batch_statistics, sam_perturb
 
 MU, START = np.array([1.0, 0.5]), np.array([0.1, 0.1])
 S = np.arange(0, 12, 1e-3)

@@ -9,7 +9,7 @@ from torch import nn
 from samlib import HessianOperator, Objective, top_eigenpairs
 from samlib.experiments import mean_squared_error
 from samlib.gauss_newton import GaussNewtonOperator, TangentKernelOperator
-from samlib.models import plain
+from samlib.layers import plain
 from samlib.objective import _functional, flatten_parameters
 from samlib.tangent import ntk_matrix
 

@@ -6,10 +6,10 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from samlib import toys_noise
 from samlib.mean_square import SgdSharpness
 from samlib.noise import kernel_norm
-from samlib.toys_noise import (
+from samlib.toys import noise as toys_noise
+from samlib.toys.noise import (
     _descend,
     _quadratic_regression,
     kernel_rate,

@@ -9,8 +9,8 @@ from scipy.integrate import solve_ivp
 from scipy.optimize import minimize_scalar
 
 from samlib import determinant, frobenius, sam_step, trace, universal_gradient, universal_step
-from samlib.toys_drift import _drift, _updates, drift_table, interpolation, measure_gradient
-from samlib.toys_universal import (
+from samlib.toys.drift import _drift, _updates, drift_table, interpolation, measure_gradient
+from samlib.toys.universal import (
     HYPERBOLA_RULES,
     RESTING_RULES,
     Rule,

@@ -15,7 +15,7 @@ import pandas as pd
 import torch
 from torch import Tensor
 
-from .cumulants import Sharpness, combined_gradient, determinant, frobenius, signs, trace
+from ..cumulants import Sharpness, combined_gradient, determinant, frobenius, signs, trace
 
 __all__ = ["Interpolation", "drift_table", "interpolation", "measure_gradient"]
 

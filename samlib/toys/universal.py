@@ -19,8 +19,8 @@ import pandas as pd
 import torch
 from torch import Tensor
 
-from .cumulants import Sharpness, combined_gradient, determinant, determinant_share, frobenius, integral, signs, trace
-from .optim import EPSILON
+from ..cumulants import Sharpness, combined_gradient, determinant, determinant_share, frobenius, integral, signs, trace
+from ..optim import EPSILON
 
 __all__ = [
     "Rule",

@@ -14,8 +14,8 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from .mean_square import sgd_sharpness
-from .noise import kernel_norm, noise_fraction
+from ..mean_square import sgd_sharpness
+from ..noise import kernel_norm, noise_fraction
 
 __all__ = ["kernel_rate", "linear_thresholds", "pathwise_rate", "quadratic_runs", "random_kernel"]
 
