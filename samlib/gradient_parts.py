@@ -16,12 +16,15 @@ Reference: Springer, Nagarajan & Raghunathan (2024), arXiv:2405.20439.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
 
-__all__ = ["PARTS", "confined", "gradient_part", "pullback", "remainder", "residuals"]
+from .optim import sam_perturb
+
+__all__ = ["PARTS", "PartialSAM", "confined", "gradient_part", "named_slices", "pullback", "remainder", "residuals"]
 
 Forward = Callable[[Tensor, Tensor], Tensor]
 Loss = Callable[[Tensor, Tensor], Tensor]
@@ -112,3 +115,92 @@ def confined(gradient: Tensor, slices: Sequence[slice]) -> Tensor:
     for part in slices:
         kept[part] = gradient[part]
     return kept
+
+
+class PartialSAM(torch.optim.Optimizer):
+    """A base optimizer that steps with a part of SAM's gradient, or with SAM's from a perturbation of some layers.
+
+    For one flat vector of parameters, and a closure that also knows the network: ``closure()`` sets the gradient and
+    returns the loss; ``closure.outputs(params)`` are the network's outputs for the step's examples, with a graph;
+    ``closure.loss(outputs)`` is their mean loss; ``closure.slices`` says where each named parameter lies. The
+    laboratory's closures are of this kind.
+
+    Args:
+        params: the flat vector (P,), alone in a list.
+        base_optimizer: an optimizer class; it receives ``kwargs``.
+        part: of :data:`PARTS`.
+        rho: radius of the perturbation.
+        layers: beginnings of the names of the parameters that are perturbed; all by default.
+
+    Raises:
+        ValueError: for an unknown part, or layers that no parameter belongs to (at the first step).
+    """
+
+    def __init__(
+        self,
+        params: Iterable[Tensor],
+        base_optimizer: type[torch.optim.Optimizer] = torch.optim.SGD,
+        part: str = "sam",
+        rho: float = 0.05,
+        layers: Sequence[str] = (),
+        **kwargs: Any,
+    ) -> None:
+        if part not in PARTS:
+            raise ValueError(f"part must be one of {', '.join(PARTS)}, got {part!r}")
+        super().__init__(params, {"rho": rho})
+        self.part, self.layers = part, tuple(layers)
+        self.base_optimizer = base_optimizer(self.param_groups, **kwargs)
+        self.param_groups, self.state = self.base_optimizer.param_groups, self.base_optimizer.state
+
+    def step(self, closure: Any = None) -> Any:
+        """One step; see the class for what the closure must know."""
+        if closure is None:
+            raise TypeError("PartialSAM.step needs a closure that knows the network's outputs; see the class")
+        loss = closure()
+        [group] = self.param_groups
+        [w] = group["params"]
+        if group["rho"]:
+            slices = named_slices(closure.slices, self.layers)
+            gradient = confined(w.grad, slices) if slices else w.grad
+            with torch.no_grad():
+                perturbed = sam_perturb(w.detach(), gradient, group["rho"])
+            if self.part == "sam":
+                self._evaluate_at(perturbed, w, closure)
+            else:
+                about = (closure.outputs, closure.loss)
+                w.grad = _part(self.part, *about, w.detach(), perturbed)
+        self.base_optimizer.step()
+        return loss
+
+    @torch.no_grad()
+    def _evaluate_at(self, perturbed: Tensor, w: Tensor, closure: Any) -> None:
+        original = w.clone()
+        try:
+            w.copy_(perturbed)
+            closure()
+        finally:
+            w.copy_(original)
+
+
+def _part(part: str, outputs: Any, loss: Any, params: Tensor, perturbed: Tensor) -> Tensor:
+    return gradient_part(
+        part, lambda w, _: outputs(w), lambda f, _: loss(f), params, torch.empty(0), torch.empty(0), perturbed
+    )
+
+
+def named_slices(slices: Mapping[str, slice], layers: Sequence[str]) -> list[slice]:
+    """Where the parameters lie whose names begin with one of these; an empty list for no names.
+
+    Raises:
+        ValueError: if no parameter's name begins so.
+
+    >>> named_slices({"body.0.weight": slice(0, 6), "last.bias": slice(6, 7)}, ["last"])
+    [slice(6, 7, None)]
+    """
+    chosen = []
+    for layer in layers:
+        found = [part for name, part in slices.items() if name == layer or name.startswith(f"{layer}.")]
+        if not found:
+            raise ValueError(f"layers must name parts of the network ({', '.join(slices)}), got {layer!r}")
+        chosen += found
+    return chosen

@@ -6,22 +6,28 @@ Each is a ``torch.optim.Optimizer`` that readers can import; which edge of stabi
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Annotated, Any, Literal, NamedTuple
 
 import torch
+from pydantic import BeforeValidator, Field
+from torch import nn
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import CosineAnnealingLR, LRScheduler, OneCycleLR
 
+from .cached_law import cached_law
+from .cumulants import determinant, integral
+from .gradient_parts import PartialSAM
 from .laws import EdgeLaw, edge_law
 from .optim import SAM
-from .settings import BelowOne, NonNegative, Settings, Truth
+from .settings import BelowOne, Count, Names, NonNegative, Positive, Settings, Share, Truth, number
+from .universal import UniversalSAM
 
 if TYPE_CHECKING:
     from .config import RunConfig
 
-__all__ = ["BASES", "PLAIN", "RULES", "Base", "Rule", "law_of", "optimizer", "schedule"]
+__all__ = ["BASES", "PLAIN", "RULES", "Base", "Making", "Rule", "law_of", "optimizer", "schedule"]
 
 
 @dataclass(frozen=True)
@@ -43,6 +49,26 @@ class Base:
     check: Callable[[RunConfig], None] = lambda config: None
 
 
+class Making(NamedTuple):
+    """What a rule's optimizer is made of: parameters, a run's configuration, a base, and the steps of an epoch."""
+
+    params: list[nn.Parameter]
+    config: RunConfig
+    base: Base
+    epoch: int = 1
+
+    def around(self, kind: Callable[..., Optimizer], **options: Any) -> Optimizer:
+        """An optimizer of this class around the base."""
+        return kind(
+            self.params,
+            self.base.kind,
+            rho=self.config.rho,
+            lr=self.config.learning_rate,
+            **options,
+            **self.base.options(self.config),
+        )
+
+
 @dataclass(frozen=True)
 class Rule:
     """Where the gradient is taken that the base steps with.
@@ -50,18 +76,20 @@ class Rule:
     Attributes:
         name: as a run's settings call it.
         title: as a page calls it.
-        build: makes the optimizer of parameters and a configuration, around a base with options.
+        build: makes the optimizer.
         settings: its own settings; ρ is every rule's.
         off: whether a configuration means the base alone.
         law: the edge of the optimizer as it is, or none and why.
+        check: raises a ValueError for settings that do not fit together.
     """
 
     name: str
     title: str
-    build: Callable[[Iterable[Any], RunConfig, Base], Optimizer]
+    build: Callable[[Making], Optimizer]
     settings: type[Settings] = Settings
     off: Callable[[Any], bool] = lambda config: config.rho == 0
     law: Callable[[Optimizer], EdgeLaw] = edge_law
+    check: Callable[[RunConfig], None] = lambda config: None
 
 
 class SGDSettings(Settings):
@@ -102,18 +130,129 @@ BASES = {
 }
 
 
-def _sam(**options: Any) -> Callable[[Iterable[Any], RunConfig, Base], Optimizer]:
-    def build(params: Iterable[Any], config: RunConfig, base: Base) -> Optimizer:
-        return SAM(params, base.kind, rho=config.rho, lr=config.learning_rate, **options, **base.options(config))
+class CacheSettings(Settings):
+    """Steps between true gradients (or "epoch"), and how slowly the cached direction is averaged in between."""
+
+    every: Annotated[int, BeforeValidator(number), Field(ge=1)] | Literal["epoch"]
+    cache_beta: Share = 1.0
+
+
+class UniversalSettings(Settings):
+    """Strength of the sharpness, random directions per step, and whether each is taken in both signs."""
+
+    strength: NonNegative
+    samples: Count = 2
+    paired: Truth = True
+
+
+class DeterminantSettings(UniversalSettings):
+    """As above, and β of log det(I + βH)."""
+
+    determinant_beta: Positive = 0.3
+
+
+class CubeSettings(Settings):
+    """Strength, and half-width of the cube of directions, of the published determinant rule."""
+
+    strength: NonNegative = 1.0
+    cube: Positive = 0.01
+
+
+class LayerSettings(Settings):
+    """Beginnings of the names of the parameters that are perturbed; all by default."""
+
+    layers: Names = ()
+
+
+def _graph_sam(making: Making) -> Optimizer:
+    config = making.config
+    return making.around(SAM, every=making.epoch if config.every == "epoch" else config.every, beta=config.cache_beta)
+
+
+def _universal(sharpness: Callable[[RunConfig], Any]) -> Callable[[Making], Optimizer]:
+    def build(making: Making) -> Optimizer:
+        config = making.config
+        own = {name: getattr(config, name) for name in ("strength", "samples", "paired")}
+        return making.around(UniversalSAM, sharpness=sharpness(config), seed=config.seed, **own)
 
     return build
 
 
+def _published_determinant(making: Making) -> Optimizer:
+    config = making.config
+    # As in the public code: one direction, S = φ(E ψ(D)) with φ = m⁻², ψ = e^{−D/2}.
+    published = integral(lambda m: m**-2.0, lambda d: (-d / 2).exp())
+    own = {"samples": 1, "paired": False, "directions": ("cube", config.cube)}
+    return making.around(UniversalSAM, sharpness=published, strength=config.strength, seed=config.seed, **own)
+
+
+def _part(part: str) -> Callable[[Making], Optimizer]:
+    return lambda making: making.around(PartialSAM, part=part, layers=making.config.layers)
+
+
+def _no_law(reason: str) -> Callable[[Optimizer], EdgeLaw]:
+    return lambda optimizer: EdgeLaw(type(optimizer).__name__, reason=reason)
+
+
+def _own_objective(optimizer: Any) -> EdgeLaw:
+    """Paired variants and the trace step as their base does on an objective of their own, in the mean."""
+    return edge_law(optimizer.base_optimizer)
+
+
+def _frobenius_law(optimizer: Any) -> EdgeLaw:
+    """In the mean, plain Frobenius-SAM adds the gradient of ½‖g‖²: the edge of unnormalised SAM with ρ = strength."""
+    law = edge_law(optimizer.base_optimizer)
+    if optimizer.paired or law.reason or law.scale is not None:
+        return law
+    return replace(law, name="plain Frobenius-SAM", rho=optimizer.param_groups[0]["strength"], normalize=False)
+
+
+def _determinant_law(optimizer: Any) -> EdgeLaw:
+    if optimizer.paired:
+        return _own_objective(optimizer)
+    return EdgeLaw("plain determinant-SAM", reason="few directions are far from the mean that a law could be for")
+
+
+def _strength_off(config: Any) -> bool:
+    return config.rho == 0 or config.strength == 0
+
+
+_PART_REASON = "no law is known for a part of SAM's gradient"
+
 RULES = {
     rule.name: rule
     for rule in (
-        Rule("sam", "SAM", _sam()),
-        Rule("usam", "unnormalised SAM", _sam(normalize=False)),
+        Rule("sam", "SAM", lambda making: making.around(SAM)),
+        Rule("usam", "unnormalised SAM", lambda making: making.around(SAM, normalize=False)),
+        Rule("graphsam", "GraphSAM", _graph_sam, CacheSettings, law=cached_law),
+        Rule(
+            "frobenius_sam",
+            "Frobenius-SAM",
+            _universal(lambda config: "frobenius"),
+            UniversalSettings,
+            _strength_off,
+            _frobenius_law,
+        ),
+        Rule("trace_sam", "trace-SAM", _universal(lambda c: "trace"), UniversalSettings, _strength_off, _own_objective),
+        Rule(
+            "determinant_sam",
+            "determinant-SAM",
+            _universal(lambda config: determinant(config.determinant_beta)),
+            DeterminantSettings,
+            _strength_off,
+            _determinant_law,
+        ),
+        Rule(
+            "published_determinant_sam",
+            "published determinant-SAM",
+            _published_determinant,
+            CubeSettings,
+            _strength_off,
+            _own_objective,
+        ),
+        Rule("layer_sam", "SAM of some layers", _part("sam"), LayerSettings, law=_no_law(_PART_REASON)),
+        Rule("weights_sam", "SAM's weights", _part("weights"), LayerSettings, law=_no_law(_PART_REASON)),
+        Rule("jacobian_sam", "SAM's Jacobian", _part("jacobian"), LayerSettings, law=_no_law(_PART_REASON)),
     )
 }
 
@@ -128,9 +267,9 @@ def law_of(config: RunConfig, optimizer: Optimizer) -> EdgeLaw:
     return edge_law(base) if law.reason and isinstance(base, torch.optim.Adam) else law
 
 
-def optimizer(config: RunConfig, params: Iterable[Any]) -> Optimizer:
-    """The optimizer of a run for some parameters."""
-    return RULES[config.rule].build(params, config, BASES[config.base])
+def optimizer(config: RunConfig, params: nn.Parameter, epoch: int = 1) -> Optimizer:
+    """The optimizer of a run for its flat vector of parameters; an epoch has this many steps."""
+    return RULES[config.rule].build(Making([params], config, BASES[config.base], epoch))
 
 
 def schedule(config: RunConfig, optimizer: Optimizer) -> LRScheduler | None:

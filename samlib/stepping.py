@@ -67,6 +67,15 @@ class Closure:
         self.params.grad = gradient
         return loss
 
+    @property
+    def slices(self) -> dict[str, slice]:
+        """Where each named parameter lies in the flat vector."""
+        return self.objective.slices
+
+    def loss(self, outputs: Any) -> Tensor:
+        """The mean loss of outputs for the step's batch."""
+        return self.objective.loss(outputs, self.objective.targets)
+
     def outputs(self, params: Tensor) -> Any:
         """The network's outputs for the step's batch at parameters (P,), with a graph."""
         if self.training:
