@@ -1,0 +1,78 @@
+"""Arithmetic of a SAM step: norms that neither round nor overflow, sums in at least single precision, and their limits.
+
+Half-precision gradients overflow when they are squared and vanish when they are scaled; float32 sums over millions of
+entries read low. None of it shows in a loss curve, so all of it is kept here, in one place.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+import torch
+from torch import Tensor
+
+__all__ = ["add_scaled", "norm", "total_norm", "wide"]
+
+ROW = 4096  # entries that float32 adds up without loss: longer vectors are summed by rows of this length
+
+
+def wide(x: Tensor) -> Tensor:
+    """x, dense and in at least float32; x itself where it is that already."""
+    x = x if x.layout == torch.strided else x.to_dense()
+    return x.float() if x.dtype.itemsize < 4 else x
+
+
+def norm(x: Tensor) -> Tensor:
+    """‖x‖ of a tensor of any shape as a float64 scalar, within 1e-8 of the exact one, in one pass.
+
+    A float32 sum of squares reads low on a CPU: by 6e-5 at three million entries, by 2e-3 at thirty million. Rows of
+    4,096 do not, and need no copy in float64. Entries beyond 1e18 overflow: see :func:`total_norm`.
+
+    >>> float(norm(torch.full((3, 3), 2.0, dtype=torch.bfloat16)))
+    6.0
+    """
+    x = wide(x)
+    if type(x) in (Tensor, torch.nn.Parameter) and x.device.type == "cpu" and x.numel() > ROW:
+        flat = x.reshape(-1)
+        rest = flat.numel() % ROW
+        rows = flat[: flat.numel() - rest].view(-1, ROW)
+        x = torch.cat(
+            [
+                torch.linalg.vector_norm(rows, dim=1),
+                torch.linalg.vector_norm(flat[-rest:] if rest else rows[:0]).view(1),
+            ]
+        )
+    return _norm_in_float64(x)
+
+
+def total_norm(tensors: Iterable[Tensor]) -> Tensor:
+    """The norm of all tensors as one vector, on the first one's device: :func:`norm`, also where squares overflow."""
+    tensors = list(tensors)
+    norms = [norm(x) for x in tensors]
+    if norms[0].device.type == "cpu" and not all(map(torch.isfinite, norms)):
+        norms = [_norm_in_float64(wide(x)) for x in tensors]
+    return (
+        norms[0] if len(norms) == 1 else torch.linalg.vector_norm(torch.stack([n.to(norms[0].device) for n in norms]))
+    )
+
+
+def add_scaled(p: Tensor, x: Tensor, scale: Tensor | float) -> None:
+    """p ← p + scale · x in place, rounded once, to p's own type.
+
+    Args:
+        p: the tensor to change.
+        x: as :func:`wide` returns it, of p's shape.
+        scale: a number, or a tensor with one (which a GPU need not wait for).
+    """
+    sum_ = wide(p)
+    if isinstance(scale, Tensor):
+        sum_.addcmul_(x, scale.to(sum_.device, sum_.dtype))
+    else:
+        sum_.add_(x, alpha=scale)
+    if sum_ is not p:
+        p.copy_(sum_)
+
+
+def _norm_in_float64(x: Tensor) -> Tensor:
+    exact = torch.promote_types(x.dtype, torch.float64) if x.device.type != "mps" else None
+    return torch.linalg.vector_norm(x, dtype=exact)
