@@ -9,33 +9,16 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
+from .batchnorm import frozen_batch_statistics
+from .directions import averaged, tempered
 from .precision import add_scaled, norm, total_norm, wide
 from .safeguards import OWN, Accumulation, check_base, check_group, rounded_away, share_groups, without_own
-from .steps import (
-    ASAM_EPSILON,
-    EPSILON,
-    asam_perturb,
-    gd_step,
-    graphsam_step,
-    sam_perturb,
-    sam_step,
-    usam_step,
-)
+from .steps import EPSILON, asam_perturb, gd_step, graphsam_step, sam_perturb, sam_step, usam_step
 
-__all__ = [
-    "ASAM_EPSILON",
-    "EPSILON",
-    "SAM",
-    "asam_perturb",
-    "frozen_batch_statistics",
-    "gd_step",
-    "graphsam_step",
-    "sam_perturb",
-    "sam_step",
-    "usam_step",
-]
+__all__ = ["EPSILON", "SAM", "asam_perturb", "frozen_batch_statistics", "gd_step", "graphsam_step"]
+__all__ += ["sam_perturb", "sam_step", "usam_step"]
 
 DIRECTION = "cached_direction"  # its name in the state of a parameter
 
@@ -48,56 +31,53 @@ class SAM(torch.optim.Optimizer):
     Each :meth:`step` evaluates the closure at w and at w + e, restores w bit for bit, and hands the second gradient to
     the base optimizer. With g the gradient at w and norms over all parameters of all groups, e is
 
-    ===================  ===============================  ==========================================================
-    SAM                  ρ g/(‖g‖ + 1e-5)
-    ``normalize=False``  ρ g                              unnormalised SAM
-    ``adaptive=True``    ρ T²g/(‖T g‖ + 1e-5)             ASAM, T = |w| + 0.01
-    ``every=k``          ρ d/(‖d‖ + 1e-5)                 GraphSAM: d = g in steps 0, k, 2k, …, else the d of before
-    ===================  ===============================  ==========================================================
+    * ρ g/(‖g‖ + 1e-5): SAM, the default;
+    * ρ g with ``normalize=False``: unnormalised SAM;
+    * ρ T²g/(‖T g‖ + 1e-5), T = |w| + 0.01, with ``adaptive=True``: ASAM;
+    * ρ d/(‖d‖ + 1e-5) with ``every=k``: GraphSAM. d is g in steps 0, k, 2k, …; after each step it becomes
+      β d/‖d‖ + (1 − β) u/‖u‖, u the gradient at w + e (without norms if not ``normalize``; d stays where u is zero).
+      T steps cost T + ⌈T/k⌉ evaluations, and those without one at w return the loss at w + e.
 
-    With ``every=k``, after each step d ← β d/‖d‖ + (1 − β) u/‖u‖, u the gradient at w + e (without norms where
-    ``normalize=False``; no change where u is zero). T steps cost T + ⌈T/k⌉ evaluations, and a step without one at w
-    returns the loss at w + e. A step in which no ρ is positive is the base optimizer's own, for one evaluation.
-
-    Parameter groups and state are the base optimizer's, so schedulers, ``state_dict`` and ``load_state_dict`` work as on
-    any optimizer. d is kept as ``state[p]["cached_direction"]``. After a step ``p.grad`` is the gradient that the base
-    optimizer stepped with. What else a training loop needs:
+    A step in which no ρ is positive is the base optimizer's own, for one evaluation. After a step ``p.grad`` is the
+    gradient that the base optimizer stepped with. Parameter groups and state are the base optimizer's, so schedulers
+    work on ``SAM``, and ``state_dict`` holds everything (d as ``"cached_direction"``). What else a training loop needs:
 
     * **Gradient accumulation.** Inside the closure: zero the gradients, then call ``backward`` on every micro-batch.
       Gradients from before the step are noticed and refused, since they cannot be taken again at w + e.
     * **BatchNorm.** ``with frozen_batch_statistics(model, optimizer.repeated): loss = …`` in the closure moves the
       running statistics once a step, at w where the closure is evaluated there.
-    * **bfloat16.** Parameters in float32, and ``torch.autocast("cuda", torch.bfloat16)`` around the forward pass. (In
-      parameters kept in bfloat16 a small perturbation is lost to rounding; SAM warns of it.)
+    * **bfloat16.** Keep the parameters in float32, and the forward pass in ``torch.autocast("cuda", torch.bfloat16)``.
+      (In bfloat16 parameters a small perturbation is lost to rounding, of which SAM warns.)
     * **float16.** The closure calls ``scaler.scale(loss).backward()`` and nothing else of the scaler's. Then
       ``optimizer.step(closure, scaler=scaler)`` and ``scaler.update()``: both gradients are taken with the scale
-      undone, and a step that overflows is skipped. (Dividing each ``p.grad`` by ``scaler.get_scale()`` inside the closure
-      does the first without the second; ``scaler.step(optimizer)`` cannot evaluate a closure.)
-    * **Clipping.** ``clip_grad_norm_`` in the closure after ``backward`` clips both gradients; the first one's length is
-      divided out again. To clip only the step's, also under a scaler:
+      undone, and a step that overflows is skipped. (To divide each ``p.grad`` by ``scaler.get_scale()`` in the closure
+      does the first without the second. ``scaler.step(optimizer)`` cannot evaluate a closure.)
+    * **Clipping.** ``clip_grad_norm_`` in the closure after ``backward`` clips both gradients, which changes SAM's e
+      hardly and unnormalised e much. To clip the step's alone, also with a scaler:
       ``optimizer.base_optimizer.register_step_pre_hook(lambda *_: clip_grad_norm_(parameters, 1.0))``.
     * **Several processes.** Under ``DistributedDataParallel`` as it is, every rank perturbs by the averaged gradient.
       With ``with nullcontext() if optimizer.perturbed else model.no_sync():`` around the closure's forward and backward
-      pass each perturbs by its own (m-sharpness, as Foret et al. trained); the weights stay equal either way.
-    * **Two calls.** Code without closures calls ``backward``, :meth:`first_step`, ``backward`` again,
-      :meth:`second_step`.
+      pass, and ρ > 0, each perturbs by its own, as Foret et al. did. The weights stay equal either way.
+    * **Two calls.** Code without closures: ``loss(w).backward()``, ``first_step(zero_grad=True)``, ``loss(w).backward()``,
+      ``second_step(zero_grad=True)``.
 
     Args:
         params: parameters or parameter groups; a group may set its own ``rho``, ``normalize``, ``adaptive``, ``beta``.
-        base_optimizer: an optimizer class; it receives ``kwargs`` (``lr``, ``momentum``, …).
-        rho: radius ρ ≥ 0 of the perturbation, in parameter units (unnormalised: in step sizes; adaptive: relative).
+        base_optimizer: an optimizer class; it receives ``kwargs`` (``lr``, ``momentum``, …). A setting of the name of
+            one of SAM's, as Adadelta's ``rho``, comes by ``functools.partial(torch.optim.Adadelta, rho=0.95)``.
+        rho: radius ρ ≥ 0 of the perturbation, in parameter units.
         normalize: divide by the norm.
         adaptive: scale the perturbation by T.
-        every: the period k ≥ 1 of gradients at w; a whole number of mini-batches, all parameters alike.
-        beta: β in [0, 1], what the cached direction keeps in a step; at 1 it is held as it is.
+        every: the period k ≥ 1 of gradients at w, in steps; one for all groups.
+        beta: β in [0, 1], what a cached direction keeps in a step; at 1 it is held.
 
     Raises:
-        ValueError: for a value out of range, or a base optimizer that has a setting of the same name or its own closure.
+        ValueError: for a value out of range, or a base optimizer that evaluates closures itself (LBFGS).
 
-    Source: Foret et al. (2021), arXiv:2010.01412; Kwon et al. (2021), arXiv:2102.11600; Wang et al. (2024),
-    arXiv:2406.13137, for ``every`` and ``beta``.
+    Source: Foret et al. (2021), arXiv:2010.01412; Kwon et al. (2021), arXiv:2102.11600 (adaptive); Wang et al. (2024),
+    arXiv:2406.13137 (cached).
 
-    >>> model = nn.Linear(2, 1)
+    >>> model = torch.nn.Linear(2, 1)
     >>> optimizer = SAM(model.parameters(), torch.optim.SGD, rho=0.05, lr=0.1)
     >>> def closure():
     ...     optimizer.zero_grad()
@@ -180,34 +160,30 @@ class SAM(torch.optim.Optimizer):
             )
         self._begin()
         at_w = self.needs_gradient
-        try:
+        with self._restoring():
             self._watch = Accumulation(p for p, _ in self._parameters())
             loss = self._evaluate(closure) if at_w else None
             if self._perturb(at_w, scaler):
                 uphill = self._evaluate(closure)
                 loss = loss if at_w else uphill
             self._watch.close()
-        except BaseException:
-            self.restore()
-            raise
         self._finish(scaler)
         return loss
 
     @torch.inference_mode(False)
     @torch.no_grad()
     def first_step(self, zero_grad: bool = False, scaler: torch.amp.GradScaler | None = None) -> None:
-        """Move the weights to w + e, by the gradients that are there.
-
-        ``loss(w).backward(); first_step(zero_grad=True); loss(w).backward(); second_step(zero_grad=True)`` is
-        :meth:`step`. The first ``backward`` may be left out where :attr:`needs_gradient` is false.
+        """Move the weights to w + e by the gradients that are there; none need be where not :attr:`needs_gradient`.
 
         Args:
             zero_grad: drop the gradients afterwards; if false, do so yourself.
-            scaler: as for :meth:`step`, to both calls.
+            scaler: as for :meth:`step`, in both calls.
         """
         self._begin()
-        self.evaluations = 1 + self.needs_gradient
-        self._perturb(self.needs_gradient, scaler)
+        at_w = self.needs_gradient
+        with self._restoring():
+            self._perturb(at_w, scaler)
+        self.evaluations = 1 + at_w  # the one to come included
         if zero_grad:
             self.zero_grad()
         self._watch = Accumulation(p for p, _ in self._parameters())
@@ -219,19 +195,16 @@ class SAM(torch.optim.Optimizer):
 
         Args:
             zero_grad: drop the gradients afterwards.
-            scaler: as for :meth:`step`, to both calls.
+            scaler: as for :meth:`step`, in both calls.
 
         Raises:
             RuntimeError: without :meth:`first_step`, or if the gradient at w was not zeroed in between.
         """
         if self._held is None:
             raise RuntimeError("second_step was called without first_step: call first_step, then backward, then this")
-        try:
-            if self._watch:
+        if self._watch:
+            with self._restoring():
                 self._watch.close()
-        except RuntimeError:
-            self.restore()
-            raise
         self._finish(scaler)
         self._opt_called = True  # what learning-rate schedulers look for
         if zero_grad:
@@ -245,11 +218,19 @@ class SAM(torch.optim.Optimizer):
             self._watch.stop()
         self._held = self._watch = None
 
+    @contextmanager
+    def _restoring(self) -> Iterator[None]:
+        try:
+            yield
+        except BaseException:
+            self.restore()
+            raise
+
     def _begin(self) -> None:
         if self._held is not None:
             raise RuntimeError(
-                "the weights are still perturbed: first_step was called without second_step. Call second_step after the "
-                "second backward pass, or restore() to give that step up."
+                "the weights are still perturbed: first_step was called without second_step. Call second_step after "
+                "the second backward pass, or restore() to give that step up."
             )
         self.evaluations = 0
 
@@ -269,7 +250,7 @@ class SAM(torch.optim.Optimizer):
         if scaler and at_w:
             scaler.unscale_(self)
         ways = list(self._ways(at_w))
-        length = total_norm(_tempered(p, group, d) for p, group, d in ways)
+        length = total_norm(tempered(p, group, d) for p, group, d in ways)
         if scaler and not length.isfinite():
             return False  # the scaler will skip this step
         if self.param_groups[0]["every"] > 1:
@@ -282,7 +263,7 @@ class SAM(torch.optim.Optimizer):
                 # "Uphill" is towards a worse loss: the other way for a group that maximizes.
                 rho = -group["rho"] if group.get("maximize") else group["rho"]
                 scale = rho / (length + EPSILON) if group["normalize"] else rho
-                way = _tempered(p, group, d, 2)
+                way = tempered(p, group, d, 2)
                 self._saved.append((p, p.clone()))
                 add_scaled(p, way, scale)
                 if look:
@@ -300,7 +281,7 @@ class SAM(torch.optim.Optimizer):
         if scaler:
             scaler.unscale_(self.base_optimizer)
         descent = {p: p.grad for p, _ in self._parameters() if p.grad is not None}
-        directions = self._averaged(held, descent)
+        directions = averaged(held, descent, self._parameters()) if held else {}
         skipped = scaler and held and not total_norm(descent.values()).isfinite()
         if scaler:
             scaler.step(self.base_optimizer)
@@ -314,22 +295,6 @@ class SAM(torch.optim.Optimizer):
                 self.state[p][DIRECTION] = direction
         for group in self.param_groups:
             group["age"] = (group["age"] + 1) % group["every"] if held else 0
-
-    def _averaged(self, held: dict[Tensor, Tensor], descent: dict[Tensor, Tensor]) -> dict[Tensor, Tensor]:
-        """The directions for the next step: β d/‖d‖ + (1 − β) u/‖u‖."""
-        if not held or not descent or all(group["beta"] == 1 for group in self.param_groups):
-            return held
-        before, now = total_norm(held.values()), total_norm(descent.values())
-        averaged = {}
-        for p, group in self._parameters():
-            beta, unit = group["beta"], group["normalize"]
-            keep = torch.where(before > 0, beta / before, 0.0) if unit else beta
-            add = torch.where(now > 0, (1 - beta) / now, 0.0) if unit else (now > 0) * (1 - beta)
-            keep = torch.where(now > 0, keep, 1.0)
-            parts = [wide(x) * c.to(x.device) for x, c in ((held.get(p), keep), (descent.get(p), add)) if x is not None]
-            if parts:
-                averaged[p] = sum(parts[1:], parts[0]).to(p.dtype)
-        return averaged
 
     def _put_back(self) -> None:
         for p, original in self._saved:
@@ -384,28 +349,3 @@ class SAM(torch.optim.Optimizer):
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
         self._share()
-
-
-def _tempered(p: Tensor, group: dict[str, Any], way: Tensor, power: int = 1) -> Tensor:
-    """T way or, with power 2, T² way, in at least float32; T is one unless the group is adaptive."""
-    return wide(way) * (wide(p).abs() + ASAM_EPSILON) ** power if group["adaptive"] else wide(way)
-
-
-@contextmanager
-def frozen_batch_statistics(model: nn.Module, frozen: bool = True) -> Iterator[None]:
-    """Keep BatchNorm's running statistics as they are inside the block; batch statistics still normalise.
-
-    In a SAM closure: ``with frozen_batch_statistics(model, optimizer.repeated): loss = ...``
-    """
-    norms = [m for m in model.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)]
-    norms = [m for m in norms if m.training and m.track_running_stats]
-    saved = [(m, m.running_mean, m.running_var, m.num_batches_tracked) for m in norms]
-    try:
-        if frozen:
-            for m in norms:
-                m.track_running_stats, m.running_mean, m.running_var = False, None, None
-        yield
-    finally:
-        if frozen:
-            for m, mean, var, count in saved:
-                m.track_running_stats, m.running_mean, m.running_var, m.num_batches_tracked = True, mean, var, count
