@@ -58,8 +58,7 @@ class SAM(torch.optim.Optimizer):
     * **Several processes.** Under ``DistributedDataParallel`` as it is, every rank perturbs by the averaged gradient.
       With ``with nullcontext() if optimizer.perturbed else model.no_sync():`` around the closure's forward and backward
       pass, and ρ > 0, each perturbs by its own, as Foret et al. did. The weights stay equal either way.
-    * **Two calls.** Code without closures: ``loss(w).backward()``, ``first_step(zero_grad=True)``, ``loss(w).backward()``,
-      ``second_step(zero_grad=True)``.
+    * **Two calls.** Without closures: ``backward``, ``first_step(zero_grad=True)``, ``backward``, ``second_step(…)``.
 
     Args:
         params: parameters or parameter groups; a group may set its own ``rho``, ``normalize``, ``adaptive``, ``beta``.
