@@ -53,8 +53,8 @@ class SAM(torch.optim.Optimizer):
       undone, and a step that overflows is skipped. (To divide each ``p.grad`` by ``scaler.get_scale()`` in the closure
       does the first without the second. ``scaler.step(optimizer)`` cannot evaluate a closure.)
     * **Clipping.** ``clip_grad_norm_`` in the closure after ``backward`` clips both gradients, which changes SAM's e
-      hardly and unnormalised e much. To clip the step's alone, also with a scaler:
-      ``optimizer.base_optimizer.register_step_pre_hook(lambda *_: clip_grad_norm_(parameters, 1.0))``.
+      hardly and unnormalised e much. To clip the step's alone, also with a scaler: in a function that takes anything
+      and returns nothing, given to ``optimizer.base_optimizer.register_step_pre_hook``.
     * **Several processes.** Under ``DistributedDataParallel`` as it is, every rank perturbs by the averaged gradient.
       With ``with nullcontext() if optimizer.perturbed else model.no_sync():`` around the closure's forward and backward
       pass, and ρ > 0, each perturbs by its own, as Foret et al. did. The weights stay equal either way.
