@@ -65,8 +65,9 @@ def share_groups(base: torch.optim.Optimizer, defaults: dict[str, Any]) -> list[
     clash = set(OWN) & set(base.defaults)
     groups = [g.shared if isinstance(g, KeptApart) else g for g in base.param_groups]
     for group in groups:
-        if clash and "base" not in group:  # of a plain optimizer, unless it has SAM's names
-            group["base"] = {name: base.defaults[name] if "age" in group else group.pop(name) for name in clash}
+        if clash and "base" not in group:  # of the base itself, or of a SAM around another one
+            sams = group.keys() >= set(OWN)
+            group["base"] = {name: base.defaults[name] if sams else group.pop(name) for name in clash}
         for name in OWN:
             group.setdefault(name, defaults[name])
     base.param_groups = [KeptApart(g) for g in groups] if clash else groups  # type: ignore[misc]
