@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .precision import total_norm, wide
+from .precision import add_scaled, total_norm, wide
 from .steps import ASAM_EPSILON
 
 __all__ = ["averaged", "tempered"]
@@ -43,8 +43,12 @@ def averaged(
         keep, add = group["beta"], 1 - group["beta"]
         if group["normalize"]:
             keep, add = keep * per_d, add * per_u
-        terms = ((held.get(p), some * keep + (1 - some)), (descent.get(p), some * add))
-        scaled = [wide(x) * c.to(x.device) for x, c in terms if x is not None]
-        if scaled:
-            new[p] = sum(scaled[1:], scaled[0]).to(p.dtype)
+        d, u, keep, add = held.get(p), descent.get(p), some * keep + (1 - some), some * add
+        if d is not None:
+            both = wide(d) * keep.to(d.device)
+            if u is not None:
+                add_scaled(both, wide(u), add)
+            new[p] = both.to(p.dtype)
+        elif u is not None:
+            new[p] = (wide(u) * add.to(u.device)).to(p.dtype)
     return new
