@@ -286,7 +286,6 @@ class SAM(torch.optim.Optimizer):
             scaler.step(self.base_optimizer)
         else:
             self.base_optimizer.step()
-        torch.clear_autocast_cache()
         if skipped:
             return
         for p, direction in directions.items():

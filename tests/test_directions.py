@@ -376,6 +376,47 @@ def test_parameters_without_gradients_have_no_direction_and_the_base_initialises
     assert all(p.isfinite().all() for p in (used, late))
 
 
+def test_parameters_with_a_gradient_at_one_point_only():
+    """No direction is put into a state that the base optimizer has yet to initialise."""
+    torch.manual_seed(0)
+    used, first = (nn.Parameter(torch.randn(3, dtype=torch.float64)) for _ in range(2))
+    optimizer = SAM([used, first], torch.optim.Adam, rho=0.1, lr=0.01, every=2, beta=0.5)
+    for step in range(6):
+
+        def closure(step=step):
+            optimizer.zero_grad()
+            both = step >= 2 or not optimizer.perturbed
+            (used.square().sum() + (first.square().sum() if both else 0)).backward()
+
+        optimizer.step(closure)
+        assert (first in optimizer.state) == (step >= 2)
+    assert optimizer.state[first]["step"] == 4
+
+
+@pytest.mark.parametrize("beta", [0.5, 1.0])
+def test_a_direction_is_no_alias_of_a_gradient(beta):
+    """Gradients zeroed in place, as between two calls, leave it alone."""
+
+    def run(to_none):
+        gradient, w = quadratic(2)
+        p = nn.Parameter(w.clone())
+        optimizer = SAM([p], rho=0.3, lr=0.05, every=3, beta=beta)
+
+        def backward():
+            optimizer.zero_grad(set_to_none=to_none)
+            grad = gradient(p.detach())
+            p.grad = grad if p.grad is None else p.grad.add_(grad)
+
+        for _ in range(5):
+            backward()
+            optimizer.first_step()
+            backward()
+            optimizer.second_step()
+        return p.detach()
+
+    assert torch.equal(run(True), run(False))
+
+
 def test_a_group_that_maximizes_keeps_going_downhill():
     p, seen = nn.Parameter(torch.tensor([3.0], dtype=torch.float64)), []
     optimizer = SAM([p], rho=0.5, lr=0.0, maximize=True, every=3, beta=1.0)

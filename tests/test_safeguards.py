@@ -19,6 +19,8 @@ from samlib.optim import EPSILON
 from .conftest import WithBatchNorm
 from .test_optim import ALL, network, training
 
+WITH_BASE = {**ALL, "rho 0": {"rho": 0.0}}
+
 
 def single(seed=0, sizes=(8, 32, 1)):
     """A net in float32 with data: (model, x, y)."""
@@ -55,7 +57,7 @@ CONTEXTS = {
 }
 
 
-@pytest.mark.parametrize("variant", ALL)
+@pytest.mark.parametrize("variant", WITH_BASE)
 @pytest.mark.parametrize("context", CONTEXTS)
 def test_contexts_do_not_leak_in(context, variant):
     """Steps inside of a context are those whose forward passes alone are inside; outside of it training goes on."""
@@ -63,7 +65,7 @@ def test_contexts_do_not_leak_in(context, variant):
 
     def run(around, within):
         model, x, y = single()
-        optimizer = SAM(model.parameters(), torch.optim.Adam, rho=0.5, lr=0.05, **ALL[variant])
+        optimizer = SAM(model.parameters(), torch.optim.Adam, lr=0.05, **{"rho": 0.5, **WITH_BASE[variant]})
         losses = []
 
         def closure():
@@ -296,14 +298,11 @@ def scaled_run(how, steps=6, scale=2.0**10, overflow=(), **more):
     return values(model), optimizer, model, scaler
 
 
-SCALED = {**ALL, "rho 0": {"rho": 0.0}}
-
-
 @pytest.mark.parametrize("how", ["scaler", "two calls", "divide", "disabled"])
-@pytest.mark.parametrize("variant", SCALED)
+@pytest.mark.parametrize("variant", WITH_BASE)
 def test_a_scaled_loss_gives_the_unscaled_step(variant, how):
-    straight = scaled_run("plain", **SCALED[variant])[0]
-    torch.testing.assert_close(scaled_run(how, **SCALED[variant])[0], straight, rtol=1e-12, atol=1e-13)
+    straight = scaled_run("plain", **WITH_BASE[variant])[0]
+    torch.testing.assert_close(scaled_run(how, **WITH_BASE[variant])[0], straight, rtol=1e-12, atol=1e-13)
 
 
 @pytest.mark.parametrize("how", ["scaler", "two calls"])
@@ -333,6 +332,26 @@ def test_a_step_that_overflows_is_skipped(variant, step, at, how):
     more = scaled_run(how, steps=step + 4, overflow={(step, at)}, **ALL[variant])
     assert more[0].isfinite().all()
     assert not torch.equal(more[0], after[0])
+
+
+def test_an_infinite_perturbation_is_not_tried():
+    """Also without the recipe for BatchNorm its statistics stay finite."""
+    model = WithBatchNorm()
+    optimizer = SAM(model.parameters(), rho=0.3, lr=0.1)
+    scaler = torch.amp.GradScaler("cpu")
+    x, overflows = torch.randn(8, 3), True
+
+    def closure():
+        optimizer.zero_grad()
+        loss = model(x).square().mean()
+        scaler.scale(loss * (math.inf if overflows else 1)).backward()
+        return loss
+
+    for overflows in (True, False):
+        optimizer.step(closure, scaler=scaler)
+        scaler.update()
+        assert optimizer.evaluations == (1 if overflows else 2)
+        assert all(b.isfinite().all() for b in model.buffers())
 
 
 def test_the_recipe_for_float16_trains_and_clips():
@@ -384,10 +403,10 @@ def micro(model, optimizer, x, y, zero):
     return closure
 
 
-@pytest.mark.parametrize("variant", SCALED)
+@pytest.mark.parametrize("variant", WITH_BASE)
 def test_gradients_accumulated_before_the_step_are_refused(variant):
     model, x, y = single()
-    optimizer = SAM(model.parameters(), lr=0.1, **{"rho": 0.5, **SCALED[variant]})
+    optimizer = SAM(model.parameters(), lr=0.1, **{"rho": 0.5, **WITH_BASE[variant]})
     before = values(model)
     (model(x[:32]) - y[:32]).square().mean().backward()
     with pytest.raises(RuntimeError, match=r"added to gradients from before\. Zero them first"):
@@ -408,11 +427,11 @@ def test_a_closure_that_never_zeroes_is_refused_at_the_second_step():
         optimizer.step(closure)
 
 
-@pytest.mark.parametrize("variant", SCALED)
+@pytest.mark.parametrize("variant", WITH_BASE)
 def test_every_way_of_zeroing_is_the_same(variant):
     def run(zero_inside, zero_after):
         model, x, y = single()
-        optimizer = SAM(model.parameters(), torch.optim.Adam, lr=0.01, **{"rho": 0.5, **SCALED[variant]})
+        optimizer = SAM(model.parameters(), torch.optim.Adam, lr=0.01, **{"rho": 0.5, **WITH_BASE[variant]})
         zero = {
             None: None,
             "none": optimizer.zero_grad,
