@@ -11,7 +11,7 @@ from torch.optim import SGD
 from .edges_cached import held_edge, previous_gradient_edge, why_no_edge
 from .laws import EdgeLaw, edge_law
 from .optim import DIRECTION, EPSILON
-from .precision import total_norm
+from .optim.precision import total_norm
 
 __all__ = ["CachedLaw", "cached_law"]
 
@@ -23,12 +23,10 @@ class CachedLaw(EdgeLaw):
     Attributes:
         every: period k of true gradients.
         held: ‖g‖ at the last true gradient; NaN where the coming step takes one, whose norm then counts.
-        takes: which norm a call wants: that of the "gradient" at w, or of the "descent" gradient.
     """
 
     every: int = 1
     held: float = math.nan
-    takes: str = "gradient"
 
     def __call__(self, grad_norm: float = math.nan) -> float:
         if self.reason:

@@ -216,9 +216,13 @@ def _filled_in(
         values[what] = tuple(name for name in registry if name in chosen or name == "edge")  # each once, in one order
 
     kinds = _kinds(experiment, rule, base, values["observables"])
+    taken = [*cls.model_fields, *(name for kind in kinds for name in kind.model_fields)]
+    # A profile is for its own rule and base: what others do not take of it is not asked of them.
+    values = {
+        name: v for name, v in values.items() if name in taken or given.get(name) is not None or name not in known
+    }
     own, wrong = validated(kinds, values)
     problems += wrong
-    taken = [*cls.model_fields, *(name for kind in kinds for name in kind.model_fields)]
     parts = {"experiment": experiment.name, "rule": rule, "base": base}
     for name in [n for n in values if n not in taken]:
         del values[name]

@@ -40,6 +40,7 @@ class EdgeLaw:
             itself.
         shift: δ where the edge is that of D^½ (H + δ) D^½.
         sign: −1 for an optimizer that maximizes: the edge is that of −H.
+        takes: which norm a call wants: that of the "gradient" at w, or of the "descent" gradient that the base gets.
     """
 
     name: str
@@ -53,6 +54,7 @@ class EdgeLaw:
     scale: Tensor | None = None
     shift: float = 0.0
     sign: int = 1
+    takes: str = "gradient"
 
     def __call__(self, grad_norm: float = math.nan) -> float:
         """The edge, or NaN if no law is known.

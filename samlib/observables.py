@@ -137,7 +137,7 @@ def edge(point: Point) -> dict[str, float]:
         "matvecs": eigen.matvecs,
         "gd_edge": gd_edge(rate),
         "sam_edge": rule,
-        "edge": point.law(grad_norm),
+        "edge": point.law(float(point.descent.norm()) if point.law.takes == "descent" else grad_norm),
         "grad_alignment": _cosine(grad, principal),
         "sam_grad_alignment": _cosine(point.descent, principal),
     }
@@ -195,7 +195,7 @@ def measure(
         FloatingPointError: if the Hessian or the gradient is not finite.
     """
     operator = HessianOperator(objective or task.measured(step), params)
-    law = law_of(task.config, optimizer(task.config, [nn.Parameter(operator.params.clone())]))
+    law = law_of(task.config, optimizer(task.config, nn.Parameter(operator.params.clone())))
     descent = descent_from(operator, task.config)
     memory = {} if memory is None else memory
     return observe(Point(task, step, operator, descent, law, task.config.learning_rate, memory))

@@ -18,7 +18,7 @@ from torch.optim.lr_scheduler import CosineAnnealingLR, LRScheduler, OneCycleLR
 
 from .cached_law import cached_law
 from .cumulants import determinant, integral
-from .gradient_parts import PartialSAM
+from .gradient_parts import PartialSAM, named_slices
 from .laws import EdgeLaw, edge_law
 from .optim import SAM
 from .settings import BelowOne, Count, Names, NonNegative, Positive, Settings, Share, Truth, number
@@ -26,6 +26,7 @@ from .universal import UniversalSAM
 
 if TYPE_CHECKING:
     from .config import RunConfig
+    from .experiments.task import Task
 
 __all__ = ["BASES", "PLAIN", "RULES", "Base", "Making", "Rule", "law_of", "optimizer", "schedule"]
 
@@ -80,7 +81,7 @@ class Rule:
         settings: its own settings; ρ is every rule's.
         off: whether a configuration means the base alone.
         law: the edge of the optimizer as it is, or none and why.
-        check: raises a ValueError for settings that do not fit together.
+        check: raises a ValueError, before anything is trained, if it cannot be had for a task.
     """
 
     name: str
@@ -89,7 +90,7 @@ class Rule:
     settings: type[Settings] = Settings
     off: Callable[[Any], bool] = lambda config: config.rho == 0
     law: Callable[[Optimizer], EdgeLaw] = edge_law
-    check: Callable[[RunConfig], None] = lambda config: None
+    check: Callable[[Task], None] = lambda task: None
 
 
 class SGDSettings(Settings):
@@ -190,10 +191,6 @@ def _part(part: str) -> Callable[[Making], Optimizer]:
     return lambda making: making.around(PartialSAM, part=part, layers=making.config.layers)
 
 
-def _no_law(reason: str) -> Callable[[Optimizer], EdgeLaw]:
-    return lambda optimizer: EdgeLaw(type(optimizer).__name__, reason=reason)
-
-
 def _own_objective(optimizer: Any) -> EdgeLaw:
     """Paired variants and the trace step as their base does on an objective of their own, in the mean."""
     return edge_law(optimizer.base_optimizer)
@@ -217,7 +214,15 @@ def _strength_off(config: Any) -> bool:
     return config.rho == 0 or config.strength == 0
 
 
-_PART_REASON = "no law is known for a part of SAM's gradient"
+def _check_layers(task: Task) -> None:
+    named_slices(task.everything().slices, task.config.layers)
+
+
+def _no_law(optimizer: Optimizer) -> EdgeLaw:
+    return EdgeLaw(type(optimizer).__name__, reason="no law is known for a part of SAM's gradient")
+
+
+_OF_PARTS: dict[str, Any] = {"settings": LayerSettings, "law": _no_law, "check": _check_layers}
 
 RULES = {
     rule.name: rule
@@ -250,9 +255,9 @@ RULES = {
             _strength_off,
             _own_objective,
         ),
-        Rule("layer_sam", "SAM of some layers", _part("sam"), LayerSettings, law=_no_law(_PART_REASON)),
-        Rule("weights_sam", "SAM's weights", _part("weights"), LayerSettings, law=_no_law(_PART_REASON)),
-        Rule("jacobian_sam", "SAM's Jacobian", _part("jacobian"), LayerSettings, law=_no_law(_PART_REASON)),
+        Rule("layer_sam", "SAM of some layers", _part("sam"), **_OF_PARTS),
+        Rule("weights_sam", "SAM's weights", _part("weights"), **_OF_PARTS),
+        Rule("jacobian_sam", "SAM's Jacobian", _part("jacobian"), **_OF_PARTS),
     )
 }
 

@@ -7,12 +7,13 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from .hessian import HessianOperator
 from .objective import Objective
-from .rules import PLAIN, RULES
+from .rules import PLAIN, RULES, Making
 
 if TYPE_CHECKING:
     from .config import RunConfig
@@ -55,7 +56,8 @@ class Closure:
 
     def __call__(self) -> Tensor:
         first, objective = not self.losses, self.objective
-        if first and self._known:
+        # Rules with a cached direction evaluate the loss at a perturbed point only.
+        if first and self._known and torch.equal(self.params, self._known.params):
             loss, gradient = self._known.value, self._known.gradient.clone()
         elif self.training:
             batch = objective.inputs, objective.targets
@@ -115,7 +117,7 @@ def take(optimizer: Optimizer, closure: Closure) -> Tensor:
 def descent_from(operator: HessianOperator, config: RunConfig) -> Tensor:
     """The gradient that the rule would step with from where a Hessian was taken, on the Hessian's own loss."""
     params = nn.Parameter(operator.params.clone())
-    optimizer = RULES[config.rule].build([params], config, PLAIN)
+    optimizer = RULES[config.rule].build(Making([params], config, PLAIN))
     return take(optimizer, Closure(operator.objective, params, operator))
 
 

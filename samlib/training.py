@@ -18,7 +18,9 @@ from .datasets import Dataset, data_folders
 from .experiments import find
 from .experiments.task import Task
 from .journal import note
+from .observables import OBSERVABLES
 from .provenance import commit, processor
+from .rules import RULES
 from .runs import Run, RunStore
 from .trajectory import OutOfTime, Trajectory
 
@@ -57,6 +59,8 @@ def train(
     run = store.load(run_id) if store else None
     if run is None:
         task = Task(config, dataset)
+        for entry in (RULES[config.rule], *(OBSERVABLES[name] for name in config.observables)):
+            entry.check(task)
         with store.lock(run_id) if store else nullcontext():
             run = store.load(run_id) if store else None  # another process may have trained it meanwhile
             if run is None:

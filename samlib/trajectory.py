@@ -18,7 +18,7 @@ from .experiments.task import Task
 from .hessian import HessianOperator
 from .journal import note
 from .laws import EdgeLaw
-from .observables import OBSERVABLES, PATHS, Point, observe
+from .observables import PATHS, Point, observe
 from .provenance import provenance
 from .rules import law_of
 from .rules import optimizer as make_optimizer
@@ -53,10 +53,8 @@ class Trajectory:
     def __init__(self, run_id: str, task: Task, store: RunStore | None = None) -> None:
         self.run_id, self.task, self.store = run_id, task, store
         self.config = config = task.config
-        for name in config.observables:
-            OBSERVABLES[name].check(task)
         self.params = nn.Parameter(task.initial_parameters())
-        self.optimizer = make_optimizer(config, [self.params])
+        self.optimizer = make_optimizer(config, self.params, task.epoch)
         self.schedule = make_schedule(config, self.optimizer)
         self.step = self.evaluations = 0
         self.rows: list[dict[str, float]] = []

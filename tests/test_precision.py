@@ -6,7 +6,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from samlib.precision import LONG, add_scaled, norm, total_norm, wide
+from samlib.optim.precision import LONG, add_scaled, norm, total_norm, wide
 
 HALF = (torch.float16, torch.bfloat16)
 FLOATS = (*HALF, torch.float32, torch.float64)

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 from .base import PROFILES, Experiment, cross_entropy, error_rate, mean_loss, mean_squared_error
 from .cifar10 import CIFAR10
+from .dominoes import DIGITS_ON_CIFAR
 from .mnist import MNIST
+from .molecules import MOLECULES
 from .own import is_own, own_experiment
 from .shakespeare import SHAKESPEARE
 
@@ -20,7 +22,7 @@ __all__ = [
     "title",
 ]
 
-EXPERIMENTS = {experiment.name: experiment for experiment in (MNIST, CIFAR10, SHAKESPEARE)}
+EXPERIMENTS = {experiment.name: experiment for experiment in (MNIST, CIFAR10, SHAKESPEARE, MOLECULES, DIGITS_ON_CIFAR)}
 
 
 def find(name: str) -> Experiment:

@@ -6,8 +6,10 @@ from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Literal
 
+import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.utils import _pytree as pytree
 
 from ..datasets import Dataset
 from ..objective import Loss
@@ -16,7 +18,16 @@ from ..settings import Settings
 if TYPE_CHECKING:
     from ..config import RunConfig
 
-__all__ = ["PROFILES", "Experiment", "cross_entropy", "error_rate", "mean_loss", "mean_squared_error"]
+__all__ = [
+    "PROFILES",
+    "Experiment",
+    "Metric",
+    "cross_entropy",
+    "error_rate",
+    "joined",
+    "mean_loss",
+    "mean_squared_error",
+]
 
 PROFILES = ("quick", "reduced", "paper")
 
@@ -81,6 +92,20 @@ def error_rate(chunks: Iterable[tuple[Tensor, Tensor]]) -> float:
         wrong += float((outputs.argmax(1) != labels).sum())
         count += len(labels)
     return wrong / count
+
+
+def joined(function: Callable[[Any, Any], Any]) -> Metric:
+    """A metric of all outputs and targets at once."""
+
+    def metric(chunks: Iterable[tuple[Any, Any]]) -> float:
+        outputs, targets = zip(*chunks, strict=True)
+        return float(function(_together(outputs), _together(targets)))
+
+    return metric
+
+
+def _together(parts: tuple[Any, ...]) -> Any:
+    return pytree.tree_map(lambda *tensors: torch.cat(tensors), *parts)
 
 
 def mean_loss(loss: Loss) -> Metric:

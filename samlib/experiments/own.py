@@ -13,7 +13,7 @@ import importlib
 import importlib.util
 import inspect
 import sys
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType
 from typing import TYPE_CHECKING, Any
@@ -26,7 +26,7 @@ from torch.utils import _pytree as pytree
 
 from ..datasets import Dataset
 from ..settings import Settings
-from .base import PROFILES, Experiment
+from .base import PROFILES, Experiment, Metric, joined
 
 if TYPE_CHECKING:
     from ..config import RunConfig
@@ -62,14 +62,8 @@ def own_experiment(name: str) -> Experiment:
         # Anew, under the run's seed: the first call was for the data.
         return _call(name, build, {key: getattr(config, key) for key in settings.model_fields})["model"]
 
-    def metric(config: RunConfig) -> Callable[[Iterable[tuple[Any, Any]]], float]:
-        function = made(config).get("metric") or made(config)["loss"]
-
-        def joined(chunks: Iterable[tuple[Any, Any]]) -> float:
-            outputs, targets = zip(*chunks, strict=True)
-            return float(function(_join(outputs), _join(targets)))
-
-        return joined
+    def metric(config: RunConfig) -> Metric:
+        return joined(made(config).get("metric") or made(config)["loss"])
 
     title = Path(name.partition(":")[0]).stem
     profiles = dict.fromkeys(PROFILES, _SCALE)
@@ -192,10 +186,6 @@ def _tensors(name: str, key: str, part: Any) -> Any:
         return made
 
     return pytree.tree_map(tensor, part)
-
-
-def _join(parts: tuple[Any, ...]) -> Any:
-    return pytree.tree_map(lambda *tensors: torch.cat(tensors), *parts)
 
 
 def _reason(error: Exception) -> str:

@@ -120,10 +120,15 @@ class Task:
             return self.everything()
         return self._objective(*self._select(self._batch(step)), kernel=self._kernel())
 
+    @property
+    def epoch(self) -> int:
+        """Steps in which all examples are seen once."""
+        return self.examples // (self.config.batch_size or self.examples)
+
     def _batch(self, step: int) -> Tensor:
         size = self.config.batch_size
         assert size is not None
-        epoch, position = divmod(step, self.examples // size)
+        epoch, position = divmod(step, self.epoch)
         if epoch != self._epoch:
             generator = torch.Generator().manual_seed(self.config.seed * 1_000_003 + epoch)
             order = torch.randperm(self.examples, generator=generator)

@@ -11,14 +11,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .batchnorm import frozen_batch_statistics
 from .directions import averaged, tempered
 from .precision import add_scaled, norm, total_norm, wide
 from .safeguards import OWN, Accumulation, check_base, check_group, rounded_away, share_groups, without_own
-from .steps import EPSILON, asam_perturb, gd_step, graphsam_step, sam_perturb, sam_step, usam_step
+from .steps import EPSILON
 
-__all__ = ["EPSILON", "SAM", "asam_perturb", "frozen_batch_statistics", "gd_step", "graphsam_step"]
-__all__ += ["sam_perturb", "sam_step", "usam_step"]
+__all__ = ["DIRECTION", "SAM"]
 
 DIRECTION = "cached_direction"  # its name in the state of a parameter
 
