@@ -47,8 +47,8 @@ def test_long_vectors_do_not_read_low():
 
 def test_norms_keep_the_range_of_their_type():
     big = torch.full((10_000,), 3e38)
-    assert float(total_norm([big, torch.ones(2)])) == pytest.approx(3e40)
-    assert float(total_norm([torch.full((10_000,), 1e-35)])) == pytest.approx(1e-33)
+    assert float(total_norm([big, torch.ones(2)])) == pytest.approx(3e40, rel=2e-7)
+    assert float(total_norm([torch.full((10_000,), 1e-35)])) == pytest.approx(1e-33, rel=2e-7, abs=0)
     assert float(total_norm([torch.full((9,), 65504.0, dtype=torch.float16)])) == 3 * 65504
     assert math.isinf(total_norm([torch.tensor([math.inf, 1.0])]))
     assert math.isnan(total_norm([torch.tensor([math.nan]), torch.ones(1)]))
