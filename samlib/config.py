@@ -218,9 +218,8 @@ def _filled_in(
     kinds = _kinds(experiment, rule, base, values["observables"])
     taken = [*cls.model_fields, *(name for kind in kinds for name in kind.model_fields)]
     # A profile is for its own rule and base: what others do not take of it is not asked of them.
-    values = {
-        name: v for name, v in values.items() if name in taken or given.get(name) is not None or name not in known
-    }
+    asked = {name for name, value in given.items() if value is not None or name not in known}
+    values = {name: value for name, value in values.items() if name in taken or name in asked}
     own, wrong = validated(kinds, values)
     problems += wrong
     parts = {"experiment": experiment.name, "rule": rule, "base": base}

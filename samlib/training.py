@@ -59,8 +59,9 @@ def train(
     run = store.load(run_id) if store else None
     if run is None:
         task = Task(config, dataset)
-        for entry in (RULES[config.rule], *(OBSERVABLES[name] for name in config.observables)):
-            entry.check(task)
+        RULES[config.rule].check(task)
+        for name in config.observables:
+            OBSERVABLES[name].check(task)
         with store.lock(run_id) if store else nullcontext():
             run = store.load(run_id) if store else None  # another process may have trained it meanwhile
             if run is None:
