@@ -105,6 +105,8 @@ def _readable(batches: Any) -> Iterable[Any]:
     """Batches that can be read more than once, or a TypeError."""
     if isinstance(batches, Tensor | np.ndarray | Mapping | str):
         raise TypeError(f"targets are missing: without them, batches of tensors are expected, got {_kind(batches)}")
+    if isinstance(batches, tuple | list) and any(isinstance(batch, Tensor | np.ndarray) for batch in batches):
+        raise TypeError("expected a list of pairs (inputs, targets), got one of tensors; pass two tensors one by one")
     if isinstance(batches, Iterator):
         raise TypeError(
             f"an iterator ({type(batches).__name__}) gives its batches only once, and each evaluation reads them; "

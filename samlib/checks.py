@@ -54,12 +54,12 @@ def examine(objective: Objective) -> list[float] | None:
         trace = _trace(objective, params, first)
         reduction = Reduction(objective.loss)
         reduction.add(trace.outputs, first.targets, first.size)
-        prints, second = [_fingerprint(first)], None
+        prints, second = [_fingerprint(first, objective)], None
         for chunk in chunks:
             outputs = objective.forward(params, chunk.inputs)
             objective.within(params, lambda c=chunk, o=outputs: reduction.add(o, c.targets, c.size))  # type: ignore[misc]
             second = second or chunk
-            prints.append(_fingerprint(chunk))
+            prints.append(_fingerprint(chunk, objective))
         objective.data.total = sum(reduction.examples)
         ordered = not objective.data.streamed or _same_data(objective, prints)
         _look_again(objective, params, trace, first, second, reduction.joinable)
@@ -126,7 +126,7 @@ def _hidden(model: nn.Module, outputs: Any, loss: Tensor, leaves: dict[str, Tens
     seen, nodes = graph([loss])
     own = {id(t) for t in leaves.values()}
     originals = {id(p): name for name, p in model.named_parameters(remove_duplicate=False)}
-    if past := [originals[i] for i in seen if i in originals]:
+    if past := [name for i, name in originals.items() if i in seen]:
         raise ValueError(
             f"the loss reaches {_some(past)} past the module, by a reference that a plain list, a closure or the loss "
             "function holds, so derivatives would be wrong; use nn.ParameterList or nn.ModuleList, or look parameters "
@@ -203,9 +203,13 @@ def _halves(chunk: Chunk) -> list[Chunk]:
 
 def _in_parts(objective: Objective, params: Tensor, losses: list[Tensor], combine: Combine) -> bool:
     """Whether each chunk's loss combines the losses of its halves: the second look where outputs cannot be joined."""
+    if max(chunk.size for chunk in objective.data) == 1:
+        raise ValueError(
+            "outputs that do not hold a row for each example need larger chunks (chunk_size) to be checked"
+        )
     for chunk, loss in zip(objective.data, losses, strict=True):
-        if chunk.size == 1:
-            return False
+        if chunk.size == 1:  # nothing to see
+            continue
         halves = _halves(chunk)
         parts = [objective.part(params, half) for half in halves]
         if not _close(combine(parts, [h.size for h in halves]), loss):
@@ -215,13 +219,16 @@ def _in_parts(objective: Objective, params: Tensor, losses: list[Tensor], combin
 
 def _same_data(objective: Objective, prints: list[list[float]]) -> bool:
     """Whether batches come in the same order on a second pass; an error if they are others."""
-    before, now = np.array(prints), np.array([_fingerprint(chunk) for chunk in objective.data])
+    before, now = np.array(prints), np.array([_fingerprint(chunk, objective) for chunk in objective.data])
     if len(before) != len(now) or not np.allclose(before.sum(0), now.sum(0), rtol=1e-9, atol=0, equal_nan=True):
         raise ValueError(f"the batches hold other examples on each pass; {SAME_DATA}")
     return np.array_equal(before, now, equal_nan=True)
 
 
-def _fingerprint(chunk: Chunk) -> list[float]:
+def _fingerprint(chunk: Chunk, objective: Objective) -> list[float]:
+    """Numbers that tell examples apart, where they are read anew."""
+    if not objective.data.streamed:
+        return []
     tensors = [t for t in pytree.tree_leaves(chunk[:2]) if isinstance(t, Tensor)]
     return [float(chunk.size), *(float(t.double().pow(power).sum()) for power in (1, 2) for t in tensors)]
 

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from .isolation import leaf
 from .objective import Objective
-from .tracing import without_second_derivative
+from .tracing import once_differentiable, without_second_derivative
 
 __all__ = ["HessianOperator"]
 
@@ -45,9 +45,8 @@ class HessianOperator:
         self.dtype, self.device = params.dtype, params.device
         self._params = leaf(params, own=True)
         self._gradients: list[Tensor] = []
-        self.value, self.gradient = torch.zeros((), dtype=self.dtype, device=self.device), torch.zeros_like(params)
         if objective.retain_graph:
-            self._within(self._keep_graphs)
+            self.value, self.gradient = self._within(self._keep_graphs)
         if objective.kernel or not objective.retain_graph:
             self.value, self.gradient = objective.value_and_gradient(self._params)
         if check and (asymmetry := self.asymmetry()) > 1e3 * torch.finfo(self.dtype).eps:
@@ -62,7 +61,8 @@ class HessianOperator:
         try:
             return self.objective.within(self._params, function)
         except RuntimeError as error:
-            if not any(words in str(error) for words in ("is not implemented", "differentiate twice", "double back")):
+            said = str(error).lower()
+            if not any(words in said for words in ("is not implemented", "differentiate twice", "double backward")):
                 raise
             module = without_second_derivative(self.objective, self._params)
             raise RuntimeError(
@@ -70,15 +70,21 @@ class HessianOperator:
                 f"the parameters behind it with parameters=. PyTorch says: {error}"
             ) from error
 
-    def _keep_graphs(self) -> None:
+    def _keep_graphs(self) -> tuple[Tensor, Tensor]:
+        value, gradient = torch.zeros((), dtype=self.dtype, device=self.device), torch.zeros_like(self._params)
         for loss in self.objective.chunk_losses():
             # Some operations have another formula, with other rounding, where their gradient is differentiated again.
-            self.gradient += torch.autograd.grad(loss, self._params, retain_graph=True)[0]
-            self.value += loss.detach()
+            gradient += torch.autograd.grad(loss, self._params, retain_graph=True)[0]
+            value += loss.detach()
             self._gradients.append(self._differentiate(loss))
+        return value, gradient
 
     def _differentiate(self, loss: Tensor) -> Tensor:
-        return torch.autograd.grad(loss, self._params, create_graph=True)[0]
+        gradient = torch.autograd.grad(loss, self._params, create_graph=True)[0]
+        if self.objective.unseen and once_differentiable([gradient]):
+            raise RuntimeError("trying to differentiate twice a function that was marked with @once_differentiable")
+        self.objective.unseen = False
+        return gradient
 
     def matvec(self, vector: Tensor) -> Tensor:
         """H v for v of shape (P,)."""

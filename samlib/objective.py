@@ -82,6 +82,7 @@ class Objective:
         self.retain_graph = not self.data.streamed if retain_graph is None else retain_graph
         self._carrier = _Carrier(self.model)
         self._shares: list[float] | None = None
+        self.unseen = check  # whether the second derivative has yet to be looked at
         if check:
             self._shares = examine(self)
         elif self.data.streamed:
@@ -170,19 +171,21 @@ class Objective:
     def value_and_gradient(self, params: Tensor) -> tuple[Tensor, Tensor]:
         """ℓ(w) and ∇ℓ(w), shapes () and (P,)."""
         w = leaf(params)
-        value, gradient = torch.zeros((), dtype=w.dtype, device=w.device), torch.zeros_like(w)
 
-        def accumulate() -> None:
+        def accumulate() -> tuple[Tensor, Tensor]:
+            value, gradient = torch.zeros((), dtype=w.dtype, device=w.device), torch.zeros_like(w)
             for loss in self.chunk_losses():
-                gradient.add_(torch.autograd.grad(loss, w)[0])
-                value.add_(loss.detach())
-
-        if not self.kernel:
-            self.within(w, accumulate)
+                gradient += torch.autograd.grad(loss, w)[0]
+                value += loss.detach()
             return value, gradient
+
+        return self._by_kernel(self.kernel, w.detach()) if self.kernel else self.within(w, accumulate)
+
+    def _by_kernel(self, kernel: Kernel, params: Tensor) -> tuple[Tensor, Tensor]:
         with isolated(self.layout.device, self.data.streamed):
+            value, gradient = torch.zeros((), dtype=params.dtype, device=params.device), torch.zeros_like(params)
             for chunk, share in self._weighted_chunks():
-                part, mean = self.kernel(w.detach(), chunk.inputs, chunk.targets)
+                part, mean = kernel(params, chunk.inputs, chunk.targets)
                 gradient.add_(part, alpha=share)
                 value.add_(mean, alpha=share)
         return value, gradient

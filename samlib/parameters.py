@@ -56,7 +56,9 @@ class Layout:
             wanted = _named(model, parameters)
             self.chosen = {name: p for name, p in every.items() if id(p) in wanted}
         if not self.chosen:
-            raise ValueError(f"no parameter to differentiate by: none of the model's {len(every)} is trainable")
+            raise ValueError(
+                f"no parameter to differentiate by: of the model's {len(every)} none is trainable, or none was chosen"
+            )
         self.constants = {name: p for name, p in every.items() if p.requires_grad and name not in self.chosen}
         self.dtype, self.device = _checked(self.chosen)
         self.shapes = [p.shape for p in self.chosen.values()]
@@ -72,7 +74,7 @@ class Layout:
         return torch.cat([p.detach().reshape(-1) for p in self.chosen.values()])
 
     def split(self, params: Tensor) -> dict[str, Tensor]:
-        """w (P,) as parameters by name, views of it; the trainable ones that were not chosen are among them, as constants."""
+        """Views of w (P,) as the chosen parameters, by name; and the constants."""
         parts = params.split(self.sizes)
         weights = {n: p.view(s) for n, p, s in zip(self.chosen, parts, self.shapes, strict=True)}
         weights.update({name: p.detach() for name, p in self.constants.items()})
@@ -95,8 +97,8 @@ def _checked(chosen: dict[str, nn.Parameter]) -> tuple[torch.dtype, torch.device
             raise ValueError(f"parameter {name!r} has no values yet; run the model once on an example first")
         if p.dtype not in PRECISE:
             raise ValueError(
-                f"parameter {name!r} is {p.dtype}; derivatives are taken in float32 or float64. Pass a copy, "
-                "copy.deepcopy(model).float(), with inputs of the same precision"
+                f"parameter {name!r} is {p.dtype}; derivatives are taken in float32 or float64. Of a model in half precision "
+                "pass a copy, copy.deepcopy(model).float(), with inputs of the same precision"
             )
     kinds = {(p.dtype, p.device) for p in chosen.values()}
     if len(kinds) > 1:

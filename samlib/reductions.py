@@ -92,8 +92,14 @@ class Reduction:
         Args:
             in_parts: tells whether all chunks' losses are a given combination of the losses of their parts.
         """
-        if len(self.examples) == 1 or (self.joinable and self._waiting):
+        if len(self.examples) == 1:
             return None
+        if self._waiting:
+            raise ValueError(
+                "at the module's own parameters the loss does not depend on any of its outputs (not finite, or at its "
+                "minimum?), so it cannot be seen how chunks add up; leave chunk_size out, or pass check=False if the "
+                "loss is a mean over examples"
+            )
         if not self.joinable:
             if in_parts(_mean):
                 return None

@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from .batches import Chunk
     from .objective import Objective
 
-__all__ = ["describe", "graph", "random_state", "who_draws", "without_second_derivative"]
+__all__ = ["describe", "graph", "once_differentiable", "random_state", "who_draws", "without_second_derivative"]
 
 
 def graph(results: Iterable[Any]) -> tuple[dict[int, Tensor], set[str]]:
@@ -33,6 +33,11 @@ def graph(results: Iterable[Any]) -> tuple[dict[int, Tensor], set[str]]:
         seen |= after
         nodes.extend(after)
     return leaves, {node.name() for node in seen}
+
+
+def once_differentiable(gradients: Iterable[Any]) -> bool:
+    """Whether gradients depend on functions with @once_differentiable, whose derivatives autograd takes for zero."""
+    return "torch::autograd::Error" in graph(gradients)[1]
 
 
 def describe(model: nn.Module, module: nn.Module) -> str:
@@ -68,8 +73,11 @@ def without_second_derivative(objective: Objective, params: Tensor) -> str:
         try:
             for t in tensors:
                 (g,) = torch.autograd.grad(t.square().sum(), params, create_graph=True, allow_unused=True)
-                if g is not None and g.requires_grad:
-                    torch.autograd.grad(g.square().sum(), params, retain_graph=True, allow_unused=True)
+                if g is None or not g.requires_grad:
+                    continue
+                if once_differentiable([g]):
+                    return True
+                torch.autograd.grad(g.square().sum(), params, retain_graph=True, allow_unused=True)
         except RuntimeError:
             return True
         return False
