@@ -65,10 +65,10 @@ class _LinearisedOperator:
 
     @torch.enable_grad()
     def _linearise(self) -> Iterator[_Linearised]:
-        for x, y, share in self.objective._chunks():
-            outputs = self.objective.forward(self._params, x)
+        for chunk, share in self.objective.weighted_chunks():
+            outputs = self.objective.forward(self._params, chunk.inputs)
             at = outputs.detach().requires_grad_()
-            (slope,) = torch.autograd.grad(self.objective.loss(at, y) * share, at, create_graph=True)
+            (slope,) = torch.autograd.grad(self.objective.loss(at, chunk.targets) * share, at, create_graph=True)
             yield _Linearised(outputs, self._params, slope, at)
 
     def _chunks(self) -> Iterator[_Linearised]:

@@ -2,12 +2,20 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import Any, TypeVar
+
+import numpy as np
 import torch
 from torch import Tensor
 
 from .objective import Objective
+from .objective.isolation import leaf
+from .objective.tracing import once_differentiable, without_second_derivative
 
 __all__ = ["HessianOperator"]
+
+T = TypeVar("T")
 
 
 class HessianOperator:
@@ -15,42 +23,84 @@ class HessianOperator:
 
     Args:
         objective: the function.
-        params: where to take the Hessian, shape (P,).
+        params: where to take the Hessian, shape (P,). A copy is kept.
+        check: whether to look, with two products, if the Hessian is symmetric; see :meth:`asymmetry`.
 
     Attributes:
-        value, gradient: ℓ(w) and ∇ℓ(w), which come free with the graph, shapes () and (P,).
+        value, gradient: ℓ(w) and ∇ℓ(w), shapes () and (P,): to the bit those of ``objective.value_and_gradient``.
         matvecs: products computed so far.
+        shape, dtype, device: (P, P), and those of w.
+
+    Raises:
+        RuntimeError: here or in a product, naming the module that has no second derivative.
+        ValueError: if the Hessian was to be checked and is not symmetric.
 
     Source: Pearlmutter (1994), *Fast exact multiplication by the Hessian*.
     """
 
-    def __init__(self, objective: Objective, params: Tensor) -> None:
+    def __init__(self, objective: Objective, params: Tensor, *, check: bool = False) -> None:
         self.objective = objective
         self.matvecs = 0
         self.shape = (objective.size, objective.size)
         self.dtype, self.device = params.dtype, params.device
-        self.params = params.detach().clone()
-        self._params = self.params.clone().requires_grad_()
+        self._params = leaf(params, own=True)
         self._gradients: list[Tensor] = []
         if objective.retain_graph:
-            losses = []
-            for loss in objective.chunk_losses(self._params):
-                losses.append(loss.detach())
-                self._gradients.append(self._differentiate(loss))
-            self.value = torch.stack(losses).sum()
-            self.gradient = torch.stack([g.detach() for g in self._gradients]).sum(0)
-        else:
-            self.value, self.gradient = objective.value_and_gradient(params)
+            self.value, self.gradient = self._within(self._keep_graphs)
+        if objective.kernel or not objective.retain_graph:
+            self.value, self.gradient = objective.value_and_gradient(self._params)
+        if check and (asymmetry := self.asymmetry()) > 1e3 * torch.finfo(self.dtype).eps:
+            raise ValueError(
+                f"the Hessian is not symmetric (relative asymmetry {asymmetry:.1e}): an operation of the model has a "
+                "wrong second derivative, as torch.nn.utils.parametrizations.weight_norm has in PyTorch 2.13, or cuts "
+                "a gradient off (detach); replace it"
+            )
+
+    @property
+    def params(self) -> Tensor:
+        """w, shape (P,)."""
+        return self._params.detach()
+
+    def _within(self, function: Callable[[], T]) -> T:
+        """What a function returns at w, or an error that names the module without a second derivative."""
+        try:
+            return self.objective.within(self._params, function)
+        except RuntimeError as error:
+            said = str(error).lower()
+            if not any(words in said for words in ("is not implemented", "differentiate twice", "double backward")):
+                raise
+            module = without_second_derivative(self.objective, self._params)
+            raise RuntimeError(
+                f"{module} has no second derivative in PyTorch; write it out in differentiable operations, or choose "
+                f"the parameters behind it with parameters=. PyTorch says: {error}"
+            ) from error
+
+    def _keep_graphs(self) -> tuple[Tensor, Tensor]:
+        value, gradient = torch.zeros((), dtype=self.dtype, device=self.device), torch.zeros_like(self._params)
+        for loss in self.objective.chunk_losses():
+            # Some operations have another formula, with other rounding, where their gradient is differentiated again.
+            gradient += torch.autograd.grad(loss, self._params, retain_graph=True)[0]
+            value += loss.detach()
+            self._gradients.append(self._differentiate(loss))
+        return value, gradient
 
     def _differentiate(self, loss: Tensor) -> Tensor:
-        return torch.autograd.grad(loss, self._params, create_graph=True)[0]
+        gradient = torch.autograd.grad(loss, self._params, create_graph=True)[0]
+        if self.objective.unseen and once_differentiable([gradient]):
+            raise RuntimeError("trying to differentiate twice a function that was marked with @once_differentiable")
+        self.objective.unseen = False
+        return gradient
 
-    @torch.enable_grad()
     def matvec(self, vector: Tensor) -> Tensor:
         """H v for v of shape (P,)."""
+        if vector.shape != self.shape[:1]:
+            raise ValueError(f"expected a vector of shape ({self.shape[0]},), got {tuple(vector.shape)}")
         self.matvecs += 1
+        return self._within(lambda: self._product(vector))
+
+    def _product(self, vector: Tensor) -> Tensor:
         product: Tensor | None = None
-        gradients = self._gradients or (self._differentiate(loss) for loss in self.objective.chunk_losses(self._params))
+        gradients = self._gradients or (self._differentiate(loss) for loss in self.objective.chunk_losses())
         for gradient in gradients:
             # A loss that is linear in w has a gradient without a graph, and no Hessian.
             if gradient.requires_grad:
@@ -61,3 +111,33 @@ class HessianOperator:
         return torch.zeros_like(vector) if product is None else product
 
     __matmul__ = matvec
+
+    def asymmetry(self, generator: torch.Generator | None = None) -> float:
+        """|v·(HᵀH − H²)v| / ‖H v‖² for a random v, from two products: zero but for rounding if H is symmetric.
+
+        Args:
+            generator: source of v; seeded with 0 if not given.
+        """
+        generator = generator or torch.Generator().manual_seed(0)
+        v = torch.randn(self.shape[0], dtype=self.dtype, generator=generator).to(self.device)
+        once = self @ v
+        square = float(once.square().sum())
+        return abs(square - float(v @ (self @ once))) / square if square else 0.0
+
+    def as_linear_operator(self) -> Any:
+        """The same as a ``scipy.sparse.linalg.LinearOperator``, for SciPy's solvers.
+
+        Raises:
+            ImportError: without SciPy.
+        """
+        try:
+            from scipy.sparse.linalg import LinearOperator
+        except ImportError as error:
+            raise ImportError("as_linear_operator needs SciPy: pip install scipy") from error
+
+        def product(vector: np.ndarray) -> np.ndarray:
+            v = torch.as_tensor(np.array(vector).reshape(-1), dtype=self.dtype, device=self.device)
+            return (self @ v).cpu().numpy()
+
+        dtype = torch.empty(0, dtype=self.dtype).numpy().dtype
+        return LinearOperator(self.shape, matvec=product, rmatvec=product, dtype=dtype)

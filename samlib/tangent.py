@@ -13,7 +13,7 @@ from typing import TypeAlias
 import torch
 from torch import Tensor, nn
 
-from .objective import Objective, _functional
+from .objective import Layout, Objective
 
 __all__ = ["MOST_BYTES", "MOST_ROWS", "ntk_blocks", "ntk_matrix", "require_squared_error"]
 
@@ -52,7 +52,7 @@ def ntk_blocks(objective: Objective, params: Tensor) -> Tensor:
     _bounded(f"{examples} blocks of {outputs} × {outputs} numbers", examples * outputs**2)
     jacobian = _Jacobian(objective, params.detach(), outputs)
     blocks = []
-    for x in objective.inputs.split(min(jacobian.length, objective.chunk_size)):
+    for x in objective.inputs.split(min(jacobian.length, objective.chunk_size or examples)):
         parts = [a.square().sum(1)[:, None, None] * (delta @ delta.mT) for a, delta in jacobian(x)]
         blocks.append(torch.stack(parts).sum(0))
     return torch.cat(blocks).double() * (2 / outputs)
@@ -141,7 +141,7 @@ class _Jacobian:
 
     def __init__(self, objective: Objective, params: Tensor, outputs: int) -> None:
         self._model, self._w = copy.deepcopy(objective.model).double(), params.double()
-        self._forward = _functional(self._model)
+        self._layout = Layout(self._model, objective.slices)
         self._layers = [m for m in self._model.modules() if isinstance(m, nn.Linear)]
         probe = self._precise(objective.inputs[:PROBE])
         factors = self._by_layers(probe)
@@ -154,6 +154,9 @@ class _Jacobian:
 
     def __call__(self, inputs: Tensor) -> list[Factor]:
         return self._factors(self._precise(inputs))
+
+    def _outputs(self, params: Tensor, inputs: Tensor) -> Tensor:
+        return torch.func.functional_call(self._model, self._layout.split(params), (inputs,))
 
     def _precise(self, inputs: Tensor) -> Tensor:
         return inputs.to(self._w.dtype) if inputs.is_floating_point() else inputs
@@ -176,7 +179,7 @@ class _Jacobian:
 
         handles = [layer.register_forward_hook(record) for layer in self._layers]
         try:
-            f = self._forward(self._w, inputs).reshape(len(inputs), -1).sum(0)
+            f = self._outputs(self._w, inputs).reshape(len(inputs), -1).sum(0)
         finally:
             for handle in handles:
                 handle.remove()
@@ -193,7 +196,7 @@ class _Jacobian:
             return False
         w = self._w.clone().requires_grad_()
         with torch.enable_grad():
-            f = self._forward(w, inputs).reshape(len(inputs), -1)
+            f = self._outputs(w, inputs).reshape(len(inputs), -1)
         u = torch.arange(f.numel(), dtype=f.dtype, device=f.device).cos().view_as(f)
         expected = torch.autograd.grad(f, w, u)[0].square().sum()
         found = sum(float(torch.einsum("nc,ncq,np->qp", u, delta, a).square().sum()) for a, delta in factors)
@@ -204,7 +207,7 @@ class _Jacobian:
         """J itself, (n, C, P), beside ones."""
         w, rows = self._w.clone().requires_grad_(), []
         for x in inputs.split(1):
-            f = self._forward(w, x).flatten()
+            f = self._outputs(w, x).flatten()
             rows.append(torch.stack([torch.autograd.grad(f_c, w, retain_graph=True)[0] for f_c in f]))
         return [(torch.ones(len(rows), 1).to(self._w), torch.stack(rows))]
 

@@ -19,9 +19,9 @@ if TYPE_CHECKING:
     from ..config import RunConfig
 
 __all__ = [
+    "PROFILES",
     "Experiment",
     "Metric",
-    "PROFILES",
     "cross_entropy",
     "error_rate",
     "joined",

@@ -83,11 +83,12 @@ class Task:
     def _select(self, which: Any) -> tuple[Any, Any]:
         return _rows(self._train[0], which), _rows(self._train[1], which)
 
-    def _objective(self, inputs: Any, targets: Any, *, kernel: Kernel | None = None) -> Objective:
+    def _objective(self, inputs: Any, targets: Any, *, kernel: Kernel | None = None, check: bool = False) -> Objective:
         gpu = self.config.device == "cuda"
         limits: Any = {} if gpu else {"chunk_size": self.experiment.chunk}
         keep = gpu or len(pytree.tree_leaves(inputs)[0]) <= _RETAIN
-        return Objective(self.model, self.loss, inputs, targets, **limits, retain_graph=keep, kernel=kernel)
+        options = {"retain_graph": keep, "kernel": kernel, "check": check, **limits}
+        return Objective(self.model, self.loss, inputs, targets, **options)
 
     def _kernel(self) -> Kernel | None:
         if not self.config.compiled:
@@ -107,7 +108,8 @@ class Task:
         """The loss over the whole training set."""
         if self._whole is None:
             kernel = self._kernel() if self.config.batch_size is None else None
-            self._whole = self._objective(*self._train, kernel=kernel)
+            # The one objective of a run that is looked at, where the experiment is a reader's own.
+            self._whole = self._objective(*self._train, kernel=kernel, check=bool(self.experiment.source))
         return self._whole
 
     def objective(self, step: int) -> Objective:

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..objective import Loss, flatten_parameters
+from ..objective import Layout, Loss, flatten_parameters
 
 __all__ = ["TrainingMode", "changes_with_mode"]
 
@@ -30,14 +30,12 @@ class TrainingMode:
     def __init__(self, model: nn.Module, loss: Loss, seed: int) -> None:
         self.model, self.loss, self.seed = model, loss, seed
         self.buffers = {name: b.detach().clone() for name, b in model.named_buffers()}
-        self._shapes = {name: p.shape for name, p in model.named_parameters()}
+        self._layout = Layout(model)
 
     def outputs(self, params: Tensor, inputs: Any, step: int, move_buffers: bool = False) -> Any:
         """The outputs at parameters (P,) in training mode."""
         buffers = {name: b.clone() for name, b in self.buffers.items()}
-        sizes = [shape.numel() for shape in self._shapes.values()]
-        parts = zip(self._shapes.items(), params.split(sizes), strict=True)
-        weights = {name: part.view(shape) for (name, shape), part in parts}
+        weights = self._layout.split(params)
         with torch.random.fork_rng(devices=[params.device] if params.is_cuda else []):
             torch.manual_seed(self.seed * 1_000_003 + step)
             outputs = torch.func.functional_call(self.model, weights | buffers, (inputs,))
