@@ -10,10 +10,16 @@ from samlib import HessianOperator, Objective, top_eigenpairs
 from samlib.experiments import mean_squared_error
 from samlib.gauss_newton import GaussNewtonOperator, TangentKernelOperator
 from samlib.layers import plain
-from samlib.objective import _functional, flatten_parameters
+from samlib.objective import Layout, flatten_parameters
 from samlib.tangent import ntk_matrix
 
 from .conftest import PROBLEMS, problem
+
+
+def functional(model):
+    """A module's outputs as a function of its flat parameters and inputs."""
+    layout = Layout(model)
+    return lambda w, x: torch.func.functional_call(model, layout.split(w), (x,))
 
 
 def dense(operator):
@@ -22,7 +28,7 @@ def dense(operator):
 
 def dense_jacobian(objective, params):
     """∂f/∂w (NC, P) by forward differentiation of a network of PyTorch's own operations."""
-    forward = _functional(plain(copy.deepcopy(objective.model)))
+    forward = functional(plain(copy.deepcopy(objective.model)))
     return torch.func.jacfwd(lambda w: forward(w, objective.inputs).flatten())(params)
 
 

@@ -61,7 +61,7 @@ class Task:
         model = model.to(config.device, getattr(torch, config.dtype))
         self.model: nn.Module = model.eval()
         self.loss = self.experiment.loss(config)
-        self._train = self._move(dataset.train_inputs), self._move(dataset.train_targets)
+        self._train = self.move(dataset.train_inputs), self.move(dataset.train_targets)
         self.examples = len(pytree.tree_leaves(self._train[0])[0])
         self._epoch, self._order = -1, torch.empty(0)
         self._whole: Objective | None = None
@@ -70,7 +70,9 @@ class Task:
         differs = changes_with_mode(trained, self.model, self.loss, *some)
         self.training = TrainingMode(trained, self.loss, config.seed) if differs else None
 
-    def _move(self, part: Any) -> Any:
+    def move(self, part: Any) -> Any:
+        """Examples as the network takes them: on its device and in its precision."""
+
         def move(tensor: Tensor) -> Tensor:
             dtype = getattr(torch, self.config.dtype) if tensor.is_floating_point() else tensor.dtype
             # Max-pooling is an order of magnitude faster on a CPU with the channels last.
@@ -165,7 +167,7 @@ class Task:
         inputs, targets = self.dataset.test_inputs, self.dataset.test_targets
         for start in range(0, len(pytree.tree_leaves(targets)[0]), 250):
             chosen = slice(start, start + 250)
-            yield forward(params, self._move(_rows(inputs, chosen))), self._move(_rows(targets, chosen))
+            yield forward(params, self.move(_rows(inputs, chosen))), self.move(_rows(targets, chosen))
 
 
 def _rows(part: Any, which: Any) -> Any:
