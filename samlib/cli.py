@@ -301,8 +301,8 @@ class _Reporter:
             self.bars[name] = tqdm(total=config.steps, desc=name, unit="step", disable=None, leave=False)
         bar = self.bars[name]
         bar.n = int(row["step"])
-        edge = row["edge"]
-        bar.set_postfix_str(f"loss {row['loss']:.4g}, sharpness {row['eigenvalue_1']:.4g}, edge {edge:.4g}")
+        names = {"loss": "loss", "eigenvalue_1": "sharpness", "edge": "edge"}
+        bar.set_postfix_str(", ".join(f"{word} {row[name]:.4g}" for name, word in names.items() if name in row))
 
     def done(self, run: Any) -> None:
         name = f"η={run.config.learning_rate:g} ρ={run.config.rho:g} seed {run.config.seed}"

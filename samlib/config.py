@@ -208,12 +208,12 @@ def _filled_in(
         for what, name, registry in (("rule", rule, RULES), ("base", base, BASES))
         if name not in registry
     ]
-    for what, registry in (("observables", OBSERVABLES), ("path", PATHS)):
+    for what, registry, default in (("observables", OBSERVABLES, ["edge"]), ("path", PATHS, [])):
         chosen = names(values.get(what, ()))
         if not isinstance(chosen, list) or not set(chosen) <= registry.keys():
             problems.append(_problem(f"{what} must be some of {', '.join(registry)}, got {values[what]!r}"))
             chosen = []
-        values[what] = tuple(name for name in registry if name in chosen or name == "edge")  # each once, in one order
+        values[what] = tuple(name for name in registry if name in (chosen or default))  # each once, in one order
 
     kinds = _kinds(experiment, rule, base, values["observables"])
     taken = [*cls.model_fields, *(name for kind in kinds for name in kind.model_fields)]

@@ -24,6 +24,7 @@ class HessianOperator:
     Args:
         objective: the function.
         params: where to take the Hessian, shape (P,). A copy is kept.
+        retain_graph: whether to keep the gradient's graph between products; by default as the objective says.
         check: whether to look, with two products, if the Hessian is symmetric; see :meth:`asymmetry`.
 
     Attributes:
@@ -38,16 +39,19 @@ class HessianOperator:
     Source: Pearlmutter (1994), *Fast exact multiplication by the Hessian*.
     """
 
-    def __init__(self, objective: Objective, params: Tensor, *, check: bool = False) -> None:
+    def __init__(
+        self, objective: Objective, params: Tensor, *, retain_graph: bool | None = None, check: bool = False
+    ) -> None:
         self.objective = objective
+        self.retain_graph = objective.retain_graph if retain_graph is None else retain_graph
         self.matvecs = 0
         self.shape = (objective.size, objective.size)
         self.dtype, self.device = params.dtype, params.device
         self._params = leaf(params, own=True)
         self._gradients: list[Tensor] = []
-        if objective.retain_graph:
+        if self.retain_graph:
             self.value, self.gradient = self._within(self._keep_graphs)
-        if objective.kernel or not objective.retain_graph:
+        if objective.kernel or not self.retain_graph:
             self.value, self.gradient = objective.value_and_gradient(self._params)
         if check and (asymmetry := self.asymmetry()) > 1e3 * torch.finfo(self.dtype).eps:
             raise ValueError(
@@ -104,7 +108,7 @@ class HessianOperator:
         for gradient in gradients:
             # A loss that is linear in w has a gradient without a graph, and no Hessian.
             if gradient.requires_grad:
-                keep = self.objective.retain_graph
+                keep = self.retain_graph
                 term = torch.autograd.grad(gradient, self._params, vector, retain_graph=keep, allow_unused=True)[0]
                 if term is not None:
                     product = term if product is None else product + term

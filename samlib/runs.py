@@ -70,10 +70,9 @@ class Run:
         line = f"{config.experiment} η={config.learning_rate:g} ρ={config.rho:g} seed {config.seed}"
         if self.outcome == "diverged":
             return f"{self.id}  diverged at step {last.step:.0f}  {line}"
-        return (
-            f"{self.id}  finished  {line}: loss {last.loss:.4g}, operator norm {last.operator_norm:.4g}, "
-            f"edge {last.edge:.4g}, edge ratio {last.edge_ratio:.3f}, test metric {last.test_metric:.4g}"
-        )
+        names = ("loss", "operator_norm", "edge", "edge_ratio", "test_metric")
+        shown = [f"{name.replace('_', ' ')} {last[name]:.4g}" for name in names if name in last]
+        return f"{self.id}  finished  {line}: " + ", ".join(shown)
 
 
 class RunStore:

@@ -155,7 +155,8 @@ class Trajectory:
         tested = [self._test(step)] if config.test_every and step % config.test_every == 0 else []
         objective = task.objective(step)
         measured = task.measured(step, objective) if reasons else None
-        operator = HessianOperator(measured, self.params.detach()) if measured else None
+        keep = None if "edge" in config.observables else False  # a graph is for many products
+        operator = HessianOperator(measured, self.params.detach(), retain_graph=keep) if measured else None
         # The gradient of the measured loss is the step's own, to the bit, where both descend the same loss.
         shared = measured is objective and not task.training
         known = operator if shared and not objective.kernel else None
@@ -206,11 +207,15 @@ class Trajectory:
 
         gradient = at(operator) if descent is None else descent
         point = Point(task, step, operator, gradient, law, rate, memory[""])
-        row = observe(point)
-        assert point.principal is not None
-        self.direction = (operator.params, point.principal)
+        row = {"loss": float(operator.value)} | observe(point)
+        if point.principal is not None:
+            self.direction = (operator.params, point.principal)
         evaluation = task.evaluation_objective()
-        if evaluation and step % (EVALUATE_EVERY * self.config.measure_every) == 0:
+        if (
+            evaluation
+            and "edge" in self.config.observables
+            and step % (EVALUATE_EVERY * self.config.measure_every) == 0
+        ):
             wider = HessianOperator(evaluation, operator.params)
             more = observe(Point(task, step, wider, at(wider), law, rate, memory["eval_"], ("edge",)))
             row |= {f"eval_{name}": value for name, value in more.items()}
@@ -222,7 +227,7 @@ class Trajectory:
         self.rows.append({"seconds": self.seconds, "step": self.step, **row, **level})
         if not row["loss"] <= DIVERGED * self.rows[0]["loss"]:
             return True
-        shown = {"loss": row["loss"], "edge_ratio": row["edge_ratio"]}
+        shown = {"loss": row["loss"], "edge_ratio": row.get("edge_ratio", math.nan)}
         note("step", run=self.run_id, step=self.step, steps=self.config.steps, **shown)
         return False
 
@@ -256,7 +261,7 @@ class Trajectory:
         about = provenance(self.task) | {
             "seconds": self.seconds,
             "gradients": self.evaluations,
-            "matvecs": int(frame.matvecs.sum()),
+            "matvecs": int(frame.matvecs.sum()) if "matvecs" in frame else 0,
         }
         if config.measure_at_losses:
             about["levels_not_reached"] = self.levels

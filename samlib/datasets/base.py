@@ -12,9 +12,10 @@ from typing import Any, Literal, TypeAlias
 import numpy as np
 from torch import Tensor
 
+from ..features import ProbeSets
 from .files import DataError, RemoteFile, locate
 
-__all__ = ["DataPolicy", "Dataset", "Source", "fingerprint", "take"]
+__all__ = ["DataPolicy", "Dataset", "Probed", "Source", "fingerprint", "take"]
 
 DataPolicy = Literal["auto", "real", "standin"]
 Tensors: TypeAlias = tuple[Any, Tensor, Any, Tensor]
@@ -41,6 +42,17 @@ class Dataset:
     test_targets: Tensor
     standin: bool
     fingerprint: str
+
+
+@dataclass(frozen=True)
+class Probed(Dataset):
+    """A data set with examples by which to probe what a network's features know of several labels.
+
+    Attributes:
+        probes: the examples that probes are trained on and tested with.
+    """
+
+    probes: ProbeSets
 
 
 @dataclass

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from functools import partial
 from typing import TypeAlias
 
@@ -14,11 +13,11 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from ..features import Labelled, ProbeSets
-from .base import DataPolicy, Dataset, fingerprint
+from .base import DataPolicy, Probed, fingerprint
 from .files import DataError
 from .images import CIFAR10, MNIST
 
-__all__ = ["CLASSES", "TILES", "Dominoes", "load_dominoes"]
+__all__ = ["CLASSES", "TILES", "load_dominoes"]
 
 CLASSES = ("airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck")
 """CIFAR-10's classes in the order of its labels."""
@@ -27,19 +26,6 @@ TILES = (4, 8, 16, 32)
 
 Draw: TypeAlias = Callable[[np.ndarray], np.ndarray]  # labels (N,) to that many pictures never drawn before
 _Numbers = np.random.Generator
-
-
-@dataclass(frozen=True)
-class Dominoes(Dataset):
-    """A :class:`samlib.datasets.Dataset` with sets for probes of its two features.
-
-    Attributes:
-        probes: examples whose digit says nothing about their object, labelled "object" and "digit" (the positions of
-            the class among those asked for): the objects of training, and objects of the test set never trained on,
-            both under digits that neither training nor the other set has seen.
-    """
-
-    probes: ProbeSets
 
 
 def load_dominoes(
@@ -51,7 +37,7 @@ def load_dominoes(
     tile: int = 16,
     seed: int = 0,
     policy: DataPolicy = "auto",
-) -> Dominoes:
+) -> Probed:
     """Load the dominoes: an MNIST digit above a CIFAR-10 object, digit k with the k-th class.
 
     Pictures of 32×32 (digits with their frame) are averaged down to tiles; an image is (3, 2·tile, tile), standardised
@@ -69,7 +55,9 @@ def load_dominoes(
         policy: as for :func:`samlib.load_dataset`; the stand-in takes the place of both data sets together.
 
     Returns:
-        :class:`Dominoes`, with one-hot training targets, as everywhere.
+        The data set, with one-hot training targets, and probes of "object" and "digit" (the position of the class
+        among those asked for): the objects of training, and objects of the test set never trained on, both under
+        digits that neither training nor the other set has seen, and that say nothing about the object.
 
     Raises:
         DataError: if ``policy="real"`` and the data cannot be had, or there are fewer images than asked for.
@@ -105,7 +93,7 @@ def load_dominoes(
     )
     name = "digits_on_cifar" + (" stand-in: generated colour gratings under drawn digits" if standin else "")
     content = fingerprint([*parts, train, test, probe_test, *shown, *independent])
-    return Dominoes(name, x, F.one_hot(y, count).float(), x_test, y_test, standin, content, probes)
+    return Probed(name, x, F.one_hot(y, count).float(), x_test, y_test, standin, content, probes)
 
 
 def _check(classes: Sequence[str], size: int, test_size: int, agreement: float, tile: int, policy: str) -> None:

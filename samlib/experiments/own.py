@@ -2,7 +2,7 @@
 
 The function, ``build`` in a file, returns a dictionary: ``model`` (a module), ``loss`` (outputs, targets → mean loss),
 ``train`` and ``test`` (pairs of inputs and targets), and, if wanted, ``metric`` (all test outputs and targets → a
-number, lower is better). Its arguments, all with defaults, are the experiment's own settings.
+number, lower is better) and ``probes`` (two pairs of inputs and labels by name, see the observable of that name). Its arguments, all with defaults, are the experiment's own settings.
 """
 
 from __future__ import annotations
@@ -25,6 +25,8 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 from ..datasets import Dataset
+from ..datasets.base import Probed
+from ..features import Labelled, ProbeSets
 from ..settings import Settings
 from .base import PROFILES, Experiment, Metric, joined
 
@@ -171,7 +173,17 @@ def _dataset(name: str, parts: dict[str, Any], config: RunConfig) -> Dataset:
         digest.update(f"{tensor.dtype}{tuple(tensor.shape)}".encode())
         digest.update(tensor.contiguous().flatten().view(torch.uint8).numpy().tobytes())
     x, y, x_test, y_test = tensors
-    return Dataset(name, x, y, x_test, y_test, False, digest.hexdigest())
+    about = (name, x, y, x_test, y_test, False, digest.hexdigest())
+    if "probes" not in parts:
+        return Dataset(*about)
+    try:
+        train, test = (Labelled(inputs, dict(labels)) for inputs, labels in parts["probes"])
+        return Probed(*about, ProbeSets(train, test))
+    except (TypeError, ValueError) as error:
+        raise ValueError(
+            f"experiment {name}: probes must be two pairs of inputs and labels by name, to train on and to test on "
+            f"({_reason(error)})"
+        ) from None
 
 
 def _tensors(name: str, key: str, part: Any) -> Any:

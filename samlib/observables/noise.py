@@ -8,7 +8,7 @@ import torch
 
 from ..eigen import top_eigenpairs
 from ..experiments.task import Task
-from ..gauss_newton import GaussNewtonOperator
+from ..gauss_newton import TangentKernelOperator
 from ..mean_square import exact_kernel_norm, sgd_sharpness
 from ..noise import kernel_norm, kernel_norm_bounds, noise_fraction, sam_factor, sgd_edge_ratio
 from ..settings import Settings, Truth
@@ -51,9 +51,8 @@ def _noise_kernel(point: Point) -> dict[str, float]:
     blocks = ntk_blocks(objective, w)
     outputs = blocks.shape[1]
     trace = float(blocks.diagonal(dim1=1, dim2=2).sum(1).mean())
-    warm = point.memory.get("ntk")
-    kernel = GaussNewtonOperator(objective, w)
-    start = warm if warm is not None else kernel @ torch.ones_like(w)
+    kernel = TangentKernelOperator(objective, w)
+    start = point.memory.get("ntk") or kernel.start()
     found = top_eigenpairs(kernel, PAIRS, v0=start, tol=TOLERANCE, generator=point.generator(), explore=0)
     point.memory["ntk"] = tuple(found.model)
     low, high = kernel_norm_bounds(trace, found.values, rate, p, outputs)
