@@ -2,7 +2,8 @@
 
 The function, ``build`` in a file, returns a dictionary: ``model`` (a module), ``loss`` (outputs, targets → mean loss),
 ``train`` and ``test`` (pairs of inputs and targets), and, if wanted, ``metric`` (all test outputs and targets → a
-number, lower is better) and ``probes`` (two pairs of inputs and labels by name, see the observable of that name). Its arguments, all with defaults, are the experiment's own settings.
+number, lower is better) and ``probes`` (two pairs of inputs and labels by name, see the observable of that name). Its
+arguments, all with defaults, are the experiment's own settings.
 """
 
 from __future__ import annotations
