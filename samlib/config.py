@@ -149,10 +149,10 @@ class RunConfig(BaseModel):
             raise ValidationError.from_exception_data(cls.__name__, problems)
         return config
 
-    def identity(self, fingerprint: str) -> str:
+    def identity(self, fingerprint: str, record: int | None = None) -> str:
         """The run's id: 16 hexadecimal digits of SHA-256 over the configuration, the data's fingerprint and the
-        version of the record. The same configuration and data have the same id on every machine; a setting at its
-        default leaves the id as it is."""
+        version of the record, by default the present one. The same configuration and data have the same id on every
+        machine; a setting at its default leaves the id as it is."""
         given = self.model_dump(exclude=set(_NO_IDENTITY))
         chosen = {name: v for name, v in given.items() if name in _ALWAYS or v != default_of(self, name)}
         settings = dict.fromkeys(_ALWAYS) | chosen
@@ -160,7 +160,7 @@ class RunConfig(BaseModel):
             settings |= {"experiment": self.experiment.replace("\\", "/").rpartition("/")[2], "source": self.source}
             settings["record"] = 1
         else:
-            settings["record"] = find(self.experiment).record
+            settings["record"] = record or find(self.experiment).record
         settings["fingerprint"] = fingerprint
         return hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()[:16]
 

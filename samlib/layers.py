@@ -17,28 +17,29 @@ class LayerNorm(nn.Module):
     Args:
         features: size of the normalised dimension.
         dim: that dimension (1 for the channels of an image, −1 for the features of a token).
+        eps: ε, added to the variance.
     """
 
-    def __init__(self, features: int, dim: int = -1) -> None:
+    def __init__(self, features: int, dim: int = -1, eps: float = 1e-5) -> None:
         super().__init__()
         self.weight, self.bias = nn.Parameter(torch.ones(features)), nn.Parameter(torch.zeros(features))
-        self.dim = dim
+        self.dim, self.eps = dim, eps
 
     def forward(self, x: Tensor) -> Tensor:
         shape = (-1, *[1] * (x.dim() - 1 - self.dim % x.dim()))
-        return _Normalize.apply(x, self.dim) * self.weight.view(shape) + self.bias.view(shape)
+        return _Normalize.apply(x, self.dim, self.eps) * self.weight.view(shape) + self.bias.view(shape)
 
 
 class _Normalize(torch.autograd.Function):
-    """x̂ = (x − mean x)·r with r = (var x + 1e-5)^−½, and its first two derivatives in closed form.
+    """x̂ = (x − mean x)·r with r = (var x + ε)^−½, and its first two derivatives in closed form.
 
     The gradient is r·P(h), with the symmetric P(h) = h − mean h − x̂ mean(h x̂).
     """
 
     @staticmethod
-    def forward(ctx, x: Tensor, dim: int) -> Tensor:
+    def forward(ctx, x: Tensor, dim: int, eps: float) -> Tensor:
         centred = x - x.mean(dim, keepdim=True)
-        r = (centred.square().mean(dim, keepdim=True) + 1e-5).rsqrt()
+        r = (centred.square().mean(dim, keepdim=True) + eps).rsqrt()
         xhat = centred.mul_(r)
         ctx.save_for_backward(x, xhat, r)
         ctx.dim = dim
@@ -46,7 +47,7 @@ class _Normalize(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, h: Tensor):
-        return _NormalizeBackward.apply(h, *ctx.saved_tensors, ctx.dim), None
+        return _NormalizeBackward.apply(h, *ctx.saved_tensors, ctx.dim), None, None
 
 
 class _NormalizeBackward(torch.autograd.Function):
@@ -97,11 +98,12 @@ class _PlainLayerNorm(nn.Module):
     # Not F.layer_norm: its forward-over-reverse derivative with respect to the weight is wrong in torch 2.13.
     def __init__(self, layer: LayerNorm) -> None:
         super().__init__()
-        self.weight, self.bias, self.dim = layer.weight, layer.bias, layer.dim
+        self.weight, self.bias = layer.weight, layer.bias
+        self.dim, self.eps = layer.dim, layer.eps
 
     def forward(self, x: Tensor) -> Tensor:
         x = x.movedim(self.dim, -1)
-        x = (x - x.mean(-1, keepdim=True)) / (x.var(-1, keepdim=True, unbiased=False) + 1e-5).sqrt()
+        x = (x - x.mean(-1, keepdim=True)) / (x.var(-1, keepdim=True, unbiased=False) + self.eps).sqrt()
         return (x * self.weight + self.bias).movedim(-1, self.dim)
 
 

@@ -24,6 +24,7 @@ def provenance(task: Task) -> dict[str, Any]:
     dataset = task.dataset
     return {
         "samlib": __version__,
+        "record": task.experiment.record,
         "commit": commit(),
         "python": platform.python_version(),
         "torch": torch.__version__,

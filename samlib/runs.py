@@ -61,6 +61,11 @@ class Run:
     path: pd.DataFrame | None = None
 
     @property
+    def record(self) -> int:
+        """The version of the record: what an older one differs in says the page of deviations."""
+        return self.provenance.get("record", 1)
+
+    @property
     def last(self) -> pd.Series:
         """The last measurement."""
         return self.measurements.iloc[-1]
@@ -134,7 +139,7 @@ class RunStore:
             path = (folder / "path.parquet").read_bytes() if status.get("path") else b""
             if _checksum(content + path, status["outcome"], status["provenance"]) != status["sha256"]:
                 raise ValueError("measurements.parquet, path.parquet or status.json does not match the checksum")
-            if config.identity(status["provenance"]["fingerprint"]) != run_id:
+            if config.identity(status["provenance"]["fingerprint"], status["provenance"].get("record", 1)) != run_id:
                 raise ValueError("config.json does not belong to this run")
             measurements = _with_edge(pd.read_parquet(io.BytesIO(content)))
             steps = pd.read_parquet(io.BytesIO(path)) if path else None

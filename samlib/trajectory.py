@@ -211,11 +211,8 @@ class Trajectory:
         if point.principal is not None:
             self.direction = (operator.params, point.principal)
         evaluation = task.evaluation_objective()
-        if (
-            evaluation
-            and "edge" in self.config.observables
-            and step % (EVALUATE_EVERY * self.config.measure_every) == 0
-        ):
+        every = EVALUATE_EVERY * self.config.measure_every
+        if evaluation and "edge" in self.config.observables and step % every == 0:
             wider = HessianOperator(evaluation, operator.params)
             more = observe(Point(task, step, wider, at(wider), law, rate, memory["eval_"], ("edge",)))
             row |= {f"eval_{name}": value for name, value in more.items()}

@@ -32,9 +32,9 @@ from samlib.training import OutOfTime
 from .conftest import ROOT, small_config, small_language_config
 
 RECORDED = {
-    "loss": [0.1698025698, 0.09649231788, 0.08987398784],
-    "grad_norm": [0.3101250983, 0.0543785666, 0.03398979672],
-    "operator_norm": [0.9710314093, 0.4119268211, 0.3828310232],
+    "loss": [0.1253677588, 0.09032041029, 0.08257662597],
+    "grad_norm": [0.1626363419, 0.057241408, 0.04016357516],
+    "operator_norm": [0.8460602965, 0.7060557031, 0.6794355281],
 }
 CONFIGS = {"full batch": small_config, "mini-batches": small_language_config}
 
@@ -84,7 +84,7 @@ def test_each_row_agrees_with_a_dense_hessian():
     assert row.grad_alignment == pytest.approx(float((grad @ principal).abs() / grad.norm()), abs=1e-6)
     assert row.sam_grad_alignment == pytest.approx(float((sam_grad @ principal).abs() / sam_grad.norm()), abs=1e-6)
     assert row.gd_edge == gd_edge(0.3)
-    assert row.sam_edge == pytest.approx(sam_edge(row.grad_norm, 0.3, 0.1))
+    assert row.sam_edge == pytest.approx(sam_edge(row.grad_norm + 1e-5, 0.3, 0.1))
     assert row.edge_ratio == pytest.approx(row.operator_norm / row.sam_edge)
 
 

@@ -32,4 +32,5 @@ MNIST = Experiment(
         "paper": {"examples": None, "width": 1000, "depth": 4, "steps": 4000, "measure_every": 20},
     },
     chunk=10_000,
+    record=2,  # 1 had other initial weights
 )

@@ -53,12 +53,12 @@ def _plain(value: Any) -> str:
 def standard(runs: Sequence[Run], profile: str | None = None) -> list[Run]:
     """The runs of a profile, by default the leading one, with its own settings: those that make up the published grid.
 
-    Of a setting recorded on two kinds of device, the one on which more was recorded counts.
+    Of a setting recorded twice, the newer version of the record counts, then the device on which more was recorded.
     """
     profile = profile or leading(runs)
     chosen = [run for run in runs if run.config.profile == profile and not changed(run)]
     recorded = Counter(run.config.device for run in chosen)
-    chosen.sort(key=lambda run: recorded[run.config.device])
+    chosen.sort(key=lambda run: (run.record, recorded[run.config.device]))
     return ordered({(run.config.learning_rate, run.config.rho, run.config.seed): run for run in chosen}.values())
 
 

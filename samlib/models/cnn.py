@@ -13,7 +13,7 @@ __all__ = ["CNN"]
 class CNN(nn.Sequential):
     """Convolutional network: blocks of [3×3 same conv → ReLU → LayerNorm over channels → 2×2 max-pool], then linear.
 
-    Maps images (B, C, H, W) to (B, classes). Glorot-normal weights, zero biases.
+    Maps images (B, C, H, W) to (B, classes). Glorot-normal weights (truncated), zero biases.
 
     Args:
         image: (C, H, W) of the images.
@@ -28,6 +28,6 @@ class CNN(nn.Sequential):
         layers: list[nn.Module] = []
         for after in channels:
             conv = glorot(nn.Conv2d(before, after, 3, padding="same"))
-            layers += [conv, nn.ReLU(), LayerNorm(after, dim=1), MaxPool()]
+            layers += [conv, nn.ReLU(), LayerNorm(after, dim=1, eps=1e-6), MaxPool()]
             before, height, width = after, height // 2, width // 2
         super().__init__(*layers, nn.Flatten(), glorot(nn.Linear(before * height * width, classes)))

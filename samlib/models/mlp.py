@@ -14,7 +14,7 @@ __all__ = ["MLP"]
 class MLP(nn.Sequential):
     """Fully connected ReLU network: ``depth`` linear layers, ``width`` units in each hidden one.
 
-    Maps (B, …) to (B, classes). Glorot-normal weights, zero biases.
+    Maps (B, …) to (B, classes). Glorot-normal weights (truncated), zero biases.
 
     Args:
         inputs: number of input features, after flattening.

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from ..layers import LayerNorm, gelu
-from .initial import scaled, truncated_normal
+from .initial import TRUNCATION, scaled, truncated_normal
 
 __all__ = ["Transformer"]
 
@@ -16,8 +16,9 @@ __all__ = ["Transformer"]
 class Transformer(nn.Module):
     """Pre-LayerNorm causal language model with learned positions and an untied output layer.
 
-    Maps tokens (B, T) to logits (B, T, vocabulary). Weights come from a normal distribution truncated at two standard
-    deviations, of variance 2/(layers · fan_in); embeddings have standard deviation 0.02.
+    Maps tokens (B, T) to logits (B, T, vocabulary). Weights come from normal distributions truncated at two standard
+    deviations: in the blocks of variance 2/(layers · fan_in); for embeddings of standard deviation 0.02, and for the
+    output layer 1/√fan_in, *before* truncation, which leaves 0.88 of them.
 
     Args:
         vocabulary: number of tokens (128: ASCII).
@@ -43,10 +44,12 @@ class Transformer(nn.Module):
         self.embed = nn.Embedding(vocabulary, width)
         self.position = nn.Parameter(torch.empty(length, width))
         for weight in (self.embed.weight, self.position):
-            truncated_normal(weight, 0.02)
+            truncated_normal(weight, 0.02 * TRUNCATION)
         self.blocks = nn.Sequential(*(_Block(width, heads, key_size, widening, layers) for _ in range(layers)))
         self.norm = LayerNorm(width)
-        self.head = scaled(nn.Linear(width, vocabulary), layers)
+        self.head = nn.Linear(width, vocabulary)
+        truncated_normal(self.head.weight, TRUNCATION / math.sqrt(width))
+        nn.init.zeros_(self.head.bias)
 
     def forward(self, tokens: Tensor) -> Tensor:
         x_BTD = self.embed(tokens) + self.position[: tokens.shape[1]]
