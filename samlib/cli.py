@@ -96,6 +96,38 @@ def run(
 
 
 @app.command()
+def record(
+    chapter: Annotated[str, typer.Argument(help="stochastic_edge, universal_sam, graphsam, ….")],
+    store: StoreOption = Path("runs"),
+    jobs: Annotated[int, typer.Option(min=1, help="Runs to train side by side.")] = 1,
+    time_budget: Annotated[
+        str | None, typer.Option(help="Stop after this time (9m, 2h, 90s); the same command continues later.")
+    ] = None,
+) -> None:
+    """Train all runs of a chapter on real data, solve its toy problems, and publish both; it continues if stopped."""
+    from .claims import CHAPTERS, publish_toys
+    from .datasets import DataError
+    from .runs import RunStore, StoreError, published_path, published_runs
+    from .runs import publish as publish_runs
+    from .training import train_grid
+
+    if chapter not in CHAPTERS:
+        _invalid(f"chapter must be one of {', '.join(CHAPTERS)}, got {chapter!r}")
+    budget = _seconds(time_budget, "--time-budget") if time_budget else None
+    try:
+        configs, kept, reporter = CHAPTERS[chapter].configs(), RunStore(store), _Reporter(False)
+        kept.adopt(published_runs(chapter))
+        runs = train_grid(configs, kept, jobs, budget, reporter.progress, reporter.done)
+        publish_runs(runs, published_path(chapter))
+        publish_toys(chapter)
+    except (ValueError, StoreError, DataError) as error:
+        _invalid(str(error))
+    except KeyboardInterrupt:
+        _fail("interrupted; the same command continues from the last checkpoint", 130)
+    print(f"{len(runs)} of {len(configs)} runs are published in {published_path(chapter)}")
+
+
+@app.command()
 def data(policy: Annotated[str, typer.Option(help="auto or real.")] = "real") -> None:
     """Check the data sets, download what is missing, and say where each one is."""
     if policy not in ("auto", "real"):

@@ -6,7 +6,7 @@ import pytest
 from typer.testing import CliRunner
 
 from samlib import Run, RunConfig, published_runs
-from samlib.claims import CLAIMS, agrees_with_record, evaluate, record, summary, table, verdicts
+from samlib.claims import CLAIMS, Evidence, agrees_with_record, evaluate, record, summary, table, verdicts
 from samlib.cli import app
 from samlib.experiments import EXPERIMENTS
 from samlib.figures import standard
@@ -36,12 +36,12 @@ def synthetic(rho=0.1, seed=0, ratio=1.0, falling=True, learning_rate=0.3, **col
         "sam_grad_alignment": 0.5,
         "test_metric": 0.1,
     }
-    about = {"standin": False, "fingerprint": "f", "dataset": "mnist"}
+    about = {"record": 2, "standin": False, "fingerprint": "f", "dataset": "mnist"}
     return Run(config.identity("f"), config, pd.DataFrame({**rows, **columns}), "finished", about)
 
 
 def verdict(key, runs):
-    return evaluate(runs, BY_KEY[key], "mnist", draws=200)
+    return evaluate(BY_KEY[key], Evidence(runs, {}), "mnist")
 
 
 def test_a_run_at_its_edge_whose_curvature_falls_supports_the_claim():
@@ -143,7 +143,7 @@ def test_published_runs_are_whole_real_and_what_they_say(experiment):
     assert len({run.id for run in runs}) == len(runs)
     for run in runs:
         assert run.config.experiment == experiment
-        assert run.config.identity(run.provenance["fingerprint"]) == run.id
+        assert run.config.identity(run.provenance["fingerprint"], run.record) == run.id
         assert run.provenance["standin"] is False
         assert run.provenance["dataset"] == experiment
         assert {"torch", "device", "seconds", "commit", "gradients"} <= set(run.provenance)

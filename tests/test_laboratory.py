@@ -175,7 +175,7 @@ def test_an_experiment_a_rule_and_an_observable_are_added_from_outside(monkeypat
     rule = Rule(
         "pulled",
         "pulled descent",
-        lambda params, config, base: Towards(params, config.learning_rate, config.pull),
+        lambda making: Towards(making.params, making.config.learning_rate, making.config.pull),
         _Pull,
         off=lambda config: config.pull == 0,
     )
@@ -184,7 +184,7 @@ def test_an_experiment_a_rule_and_an_observable_are_added_from_outside(monkeypat
     monkeypatch.setitem(RULES, "pulled", rule)
     monkeypatch.setitem(OBSERVABLES, "frobenius", frobenius)
     given = {"experiment": "squares", "learning_rate": 0.1, "rho": 0.1, "rule": "pulled", "data": "standin"}
-    run = train(RunConfig(**given, pull=0.5, observables=["frobenius"]))
+    run = train(RunConfig(**given, pull=0.5, observables=["edge", "frobenius"]))
     np.testing.assert_allclose(run.measurements.frobenius, run.measurements.operator_norm, rtol=1e-2)
     assert run.config.pull == 0.5
     assert list(run.measurements.step) == [0, 2, 4]

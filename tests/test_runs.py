@@ -13,7 +13,7 @@ from .conftest import small_config, small_language_config
 def fake_run(rho=0.1, seed=0, standin=False, **settings):
     config = RunConfig(experiment="mnist", learning_rate=0.3, rho=rho, seed=seed, **settings)
     rows = pd.DataFrame({"step": [0, 600], "loss": [1.0, 0.5], "operator_norm": [2.0, np.pi]})
-    about = {"fingerprint": "f", "standin": standin, "dataset": "mnist"}
+    about = {"record": 2, "fingerprint": "f", "standin": standin, "dataset": "mnist"}
     return Run(config.identity("f"), config, rows, "finished", about)
 
 

@@ -1,25 +1,26 @@
-"""Verdicts on claims, from recorded runs only."""
+"""Verdicts on claims, from recorded runs and toy problems only."""
 
-from .verdicts import (
-    CLAIMS,
-    Claim,
-    Verdict,
-    agrees_with_record,
-    evaluate,
-    last_half,
-    record,
-    summary,
-    table,
-    verdicts,
-)
+from .base import Chapter, Claim, Evidence, Unit, Verdict, bootstrap, evaluate, last_half, paired
+from .chapters import CHAPTERS, publish_toys, published_toys
+from .paper import CLAIMS
+from .verdicts import agrees_with_record, of_chapter, record, summary, table, verdicts
 
 __all__ = [
+    "CHAPTERS",
     "CLAIMS",
+    "Chapter",
     "Claim",
+    "Evidence",
+    "Unit",
     "Verdict",
     "agrees_with_record",
+    "bootstrap",
     "evaluate",
     "last_half",
+    "of_chapter",
+    "paired",
+    "publish_toys",
+    "published_toys",
     "record",
     "summary",
     "table",

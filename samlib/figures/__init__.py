@@ -14,11 +14,13 @@ from .panels import (
     norms_and_edges,
 )
 from .selection import changed, command, leading, standard, tidy, typical, with_spectrum
+from .shapes import SHOWN, forest, panels
 from .style import COLOURS, LABELS, Figure, drawing, render
 
 __all__ = [
     "COLOURS",
     "LABELS",
+    "SHOWN",
     "Figure",
     "alignments",
     "banner",
@@ -31,10 +33,12 @@ __all__ = [
     "eigenvalues",
     "evaluation",
     "final_table",
+    "forest",
     "headline",
     "leading",
     "losses",
     "norms_and_edges",
+    "panels",
     "render",
     "standard",
     "tidy",

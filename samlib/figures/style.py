@@ -78,6 +78,7 @@ class Figure:
         data: what is drawn, one row per point.
         runs: the runs behind it.
         name: file name of the data, without extension.
+        wide: whether it uses the whole width of the page, the margin included.
     """
 
     svg: str
@@ -86,6 +87,7 @@ class Figure:
     data: pd.DataFrame
     runs: tuple[Run, ...]
     name: str
+    wide: bool = False
 
     def _repr_html_(self) -> str:
         csv = base64.b64encode(self.data.to_csv(index=False, float_format="%.6g").encode()).decode()
@@ -100,7 +102,7 @@ class Figure:
         )
         link = f'<a download="{self.name}.csv" href="data:text/csv;base64,{csv}">Data (CSV)</a>'
         return (
-            f'<figure class="samlib-figure"><div style="overflow-x:auto">{self.svg}</div>'
+            f'<figure class="samlib-figure{" full-width" * self.wide}"><div style="overflow-x:auto">{self.svg}</div>'
             f"<figcaption><p>{self.caption}</p>{link}{origin}</figcaption></figure>"
         )
 

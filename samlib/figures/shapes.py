@@ -1,0 +1,133 @@
+"""Two shapes that many pages need: panels that use the page's width and stack on a phone, and the forest plot."""
+
+from __future__ import annotations
+
+import html
+from collections.abc import Callable, Mapping, Sequence
+from typing import TYPE_CHECKING
+
+import matplotlib as mpl
+import numpy as np
+import pandas as pd
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure as Canvas
+
+from ..runs import Run
+from .style import COLOURS, FOREGROUND, STYLE, Figure, drawing, render
+
+if TYPE_CHECKING:
+    from ..claims import Verdict
+
+__all__ = ["SHOWN", "forest", "panels"]
+
+# Verdicts by word, shape and colour.
+SHOWN = {
+    "reproduced": ("●", "#1b7f5f"),
+    "partly": ("◐", "#a86a00"),
+    "not reproduced": ("○", "#b3403a"),
+    "not recorded": ("–", "#777777"),
+}
+
+
+def panels(
+    draws: Mapping[str, Callable[[Axes], None]],
+    *,
+    name: str,
+    alt: str,
+    caption: str,
+    data: pd.DataFrame,
+    runs: Sequence[Run] = (),
+    key: Mapping[str, str] | None = None,
+    size: tuple[float, float] = (3.4, 2.5),
+    share_x: bool = True,
+    share_y: bool = True,
+) -> Figure:
+    """A grid of panels, as many beside each other as the page is wide for; one below the other on a phone.
+
+    Args:
+        draws: for each panel its title and what draws it on its axes.
+        name: file name of the data, without extension.
+        alt: what the picture shows.
+        caption: the line under it.
+        data: what is drawn.
+        runs: the runs behind it.
+        key: names in their colours, above the panels.
+        size: of a panel, in inches; text is drawn at 10 points.
+        share_x, share_y: give all panels the same range.
+    """
+    with mpl.rc_context(STYLE):
+        canvases = []
+        for title, draw in draws.items():
+            canvas = Canvas(figsize=size, layout="constrained")
+            axis = canvas.subplots()
+            draw(axis)
+            axis.set_title(title)
+            canvases.append((title, canvas, axis))
+        for shared, get, put in (
+            (share_x, Axes.get_xlim, Axes.set_xlim),
+            (share_y, Axes.get_ylim, Axes.set_ylim),
+        ):
+            if shared:
+                limits = np.array([get(axis) for _, _, axis in canvases])
+                for _, _, axis in canvases:
+                    put(axis, limits[:, 0].min(), limits[:, 1].max())
+        pictures = "".join(f"<div>{render(canvas, f'{alt}: {title}')}</div>" for title, canvas, _ in canvases)
+    names = "".join(
+        f'<span style="color:{colour}"><b aria-hidden="true">━</b> {html.escape(label)}</span>'
+        for label, colour in (key or {}).items()
+    )
+    legend = f'<p class="samlib-key">{names}</p>' if names else ""
+    return Figure(
+        f'{legend}<div class="samlib-panels">{pictures}</div>', alt, caption, data, tuple(runs), name, wide=True
+    )
+
+
+def forest(verdict: Verdict, label: Callable[[pd.Series], str] | None = None, log: bool = False) -> Figure:
+    """A verdict as a picture: the statistic of every unit, a row per setting, with the interval over all and the band
+    of values that support the claim.
+
+    Args:
+        verdict: with units.
+        label: the name of a unit's row; by default its labels without the seed.
+        log: a logarithmic scale.
+    """
+    details, column, claim = verdict.details, verdict.statistic, verdict.claim
+    names = [c for c in list(details)[1 : list(details).index(column)] if c != "seed"]
+
+    def usual(row: pd.Series) -> str:
+        return ", ".join(f"{n} = {row[n]:g}" if isinstance(row[n], float) else f"{n} {row[n]}" for n in names)
+
+    rows = details.apply(label or usual, axis=1) if len(details) else pd.Series(dtype=str)
+    order = list(dict.fromkeys(rows))
+    low, high = claim.band
+
+    def draw(canvas: Canvas) -> pd.DataFrame:
+        axis = canvas.subplots()
+        for place, name in enumerate(order):
+            chosen = details[rows == name]
+            colours = [SHOWN["reproduced" if ok else "not reproduced"][1] for ok in chosen.supports]
+            axis.scatter(chosen[column], [place] * len(chosen), c=colours, s=34, alpha=0.8, linewidths=0, zorder=3)
+        last = len(order)
+        if np.isfinite([verdict.low, verdict.high]).all():
+            axis.plot([verdict.low, verdict.high], [last, last], color=FOREGROUND, linewidth=2)
+        axis.plot([verdict.value], [last], "D", color=FOREGROUND, markersize=7)
+        if log:
+            axis.set_xscale("log")
+        left, right = axis.get_xlim()
+        if np.isfinite([low, high]).any():
+            axis.axvspan(max(low, left), min(high, right), color=COLOURS["loss"], alpha=0.13, linewidth=0, zorder=0)
+            axis.set_xlim(left, right)
+        axis.set_yticks([*range(last), last], [*order, "all"])
+        axis.invert_yaxis()
+        axis.set_xlabel(claim.statistic if len(claim.statistic) < 70 else column)
+        return details
+
+    shape, _ = SHOWN[verdict.outcome]
+    caption = (
+        f"{html.escape(claim.text)} <strong>{shape} {verdict.outcome}</strong>: {verdict.supporting} of {verdict.total}. "
+        f"Wanted: {html.escape(claim.threshold)} (the band). The diamond is over all, with its 95 % interval."
+    )
+    alt = f"Forest plot of {column} for {verdict.total} units: {verdict.outcome}"
+    size = (7.0, 1.1 + 0.28 * (len(order) + 1))
+    runs: tuple[Run, ...] = ()
+    return drawing(draw, size, f"{claim.key}_{verdict.experiment}", alt, caption, runs)
