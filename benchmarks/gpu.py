@@ -30,7 +30,7 @@ from samlib.experiments.task import Task, exact_on_cuda
 from samlib.layers import plain
 from samlib.objective import compiled_kernel, pure_loss
 from samlib.optim import sam_step
-from samlib.training import measure
+from samlib.observables import measure
 
 REPEATS = 7
 
@@ -86,9 +86,10 @@ def network(config: RunConfig, speed: tuple[float, float]) -> dict[str, Any]:
         compiled = torch.compile(product, dynamic=False, mode=mode)
         products[name] = lambda compiled=compiled: compiled(params, vector, x, y)  # type: ignore[misc]
 
-    _, model = measure(objective, params, config, 0)
+    memory: dict[str, Any] = {}
+    measure(experiment, params, 0, memory)
     after = sam_step(objective.gradient, params, config.learning_rate, config.rho)
-    row, _ = measure(objective, after, config, 1, model)
+    row = measure(experiment, after, 1, dict(memory))
     calls: dict[str, dict[str, Callable[[], Any]]] = {
         "gradient": {name: lambda g=g: g(params) for name, g in gradients.items()},
         "sam_step": {
@@ -96,7 +97,7 @@ def network(config: RunConfig, speed: tuple[float, float]) -> dict[str, Any]:
         },
         "setup": {"eager": lambda: HessianOperator(objective, params)},
         "product": products | peers(experiment, objective, params, vector),
-        "measurement": {"eager": lambda: measure(objective, after, config, 1, model)},
+        "measurement": {"eager": lambda: measure(experiment, after, 1, dict(memory))},
     }
     result: dict[str, Any] = {"parameters": len(params), "matvecs": row["matvecs"]}
     for what, forms in calls.items():

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import html
 from collections.abc import Callable, Mapping, Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import matplotlib as mpl
 import numpy as np
@@ -82,7 +82,7 @@ def panels(
     )
 
 
-def forest(verdict: Verdict, label: Callable[[pd.Series], str] | None = None, log: bool = False) -> Figure:
+def forest(verdict: Verdict, label: Callable[[Any], str] | None = None, log: bool = False) -> Figure:
     """A verdict as a picture: the statistic of every unit, a row per setting, with the interval over all and the band
     of values that support the claim.
 
@@ -94,7 +94,7 @@ def forest(verdict: Verdict, label: Callable[[pd.Series], str] | None = None, lo
     details, column, claim = verdict.details, verdict.statistic, verdict.claim
     names = [c for c in list(details)[1 : list(details).index(column)] if c != "seed"]
 
-    def usual(row: pd.Series) -> str:
+    def usual(row: Any) -> str:
         return ", ".join(f"{n} = {row[n]:g}" if isinstance(row[n], float) else f"{n} {row[n]}" for n in names)
 
     rows = details.apply(label or usual, axis=1) if len(details) else pd.Series(dtype=str)
@@ -124,8 +124,8 @@ def forest(verdict: Verdict, label: Callable[[pd.Series], str] | None = None, lo
 
     shape, _ = SHOWN[verdict.outcome]
     caption = (
-        f"{html.escape(claim.text)} <strong>{shape} {verdict.outcome}</strong>: {verdict.supporting} of {verdict.total}. "
-        f"Wanted: {html.escape(claim.threshold)} (the band). The diamond is over all, with its 95 % interval."
+        f"{html.escape(claim.text)} <strong>{shape} {verdict.outcome}</strong>: {verdict.supporting} of "
+        f"{verdict.total}. Wanted: {html.escape(claim.threshold)} (the band). The diamond is over all, with its 95 % interval."
     )
     alt = f"Forest plot of {column} for {verdict.total} units: {verdict.outcome}"
     size = (7.0, 1.1 + 0.28 * (len(order) + 1))
