@@ -29,8 +29,8 @@ from samlib import HessianOperator, Objective, RunConfig
 from samlib.experiments.task import Task, exact_on_cuda
 from samlib.layers import plain
 from samlib.objective import compiled_kernel, pure_loss
-from samlib.optim import sam_step
 from samlib.observables import measure
+from samlib.optim import sam_step
 
 REPEATS = 7
 
