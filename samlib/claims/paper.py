@@ -116,6 +116,7 @@ CLAIMS: tuple[Claim, ...] = (
         _NEAR,
         _each(_gd_at_its_edge, lambda s: _within(s["ratio"], NEAR_THE_EDGE)),
         _IMAGES,
+        band=NEAR_THE_EDGE,
     ),
     Claim(
         "sam",
@@ -126,6 +127,7 @@ CLAIMS: tuple[Claim, ...] = (
         f"{_NEAR}, and λ falls by a factor of at least {FALLS_BY}",
         _each(_sam_at_its_edge, lambda s: _within(s["ratio"], NEAR_THE_EDGE) and s["fall"] >= FALLS_BY),
         _IMAGES,
+        band=NEAR_THE_EDGE,
     ),
     Claim(
         "below",
@@ -136,6 +138,7 @@ CLAIMS: tuple[Claim, ...] = (
         f"both at least {FAR_BELOW:g}",
         _each(_far_below, lambda s: s["gd_edge/sam_edge"] >= FAR_BELOW and s["gd_edge/λ"] >= FAR_BELOW),
         _ALL,
+        band=(FAR_BELOW, np.inf),
     ),
     Claim(
         "alignment",
@@ -146,6 +149,7 @@ CLAIMS: tuple[Claim, ...] = (
         "greater than 0",
         _each(_better_aligned, lambda s: s["difference"] > 0),
         _ALL,
+        band=(0.0, np.inf),
     ),
     Claim(
         "stochastic",
@@ -156,6 +160,7 @@ CLAIMS: tuple[Claim, ...] = (
         f"{_NEAR}, and λ falls by a factor of at least {FALLS_BY}",
         _each(_sam_at_its_edge, lambda s: _within(s["ratio"], NEAR_THE_EDGE) and s["fall"] >= FALLS_BY),
         ("shakespeare",),
+        band=NEAR_THE_EDGE,
     ),
     Claim(
         "test",
@@ -166,5 +171,6 @@ CLAIMS: tuple[Claim, ...] = (
         "less than 1",
         _each(_generalizes, lambda s: s["test_ratio"] < 1),
         _ALL,
+        band=(-np.inf, 1.0),
     ),
 )

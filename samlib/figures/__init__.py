@@ -1,6 +1,6 @@
 """Pictures and tables of recorded runs, for notebooks and pages."""
 
-from .panels import (
+from .paper import (
     alignments,
     banner,
     beside,

@@ -13,7 +13,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure as Canvas
 
 from ..runs import Run
-from .style import COLOURS, FOREGROUND, STYLE, Figure, drawing, render
+from .style import COLOURS, FOREGROUND, STYLE, Figure, drawing, plain_log, render
 
 if TYPE_CHECKING:
     from ..claims import Verdict
@@ -41,6 +41,7 @@ def panels(
     size: tuple[float, float] = (3.4, 2.5),
     share_x: bool = True,
     share_y: bool = True,
+    log: bool = False,
 ) -> Figure:
     """A grid of panels, as many beside each other as the page is wide for; one below the other on a phone.
 
@@ -54,6 +55,7 @@ def panels(
         key: names in their colours, above the panels.
         size: of a panel, in inches; text is drawn at 10 points.
         share_x, share_y: give all panels the same range.
+        log: the vertical scale is logarithmic: with plain numbers, few of them.
     """
     with mpl.rc_context(STYLE):
         canvases = []
@@ -71,6 +73,9 @@ def panels(
                 limits = np.array([get(axis) for _, _, axis in canvases])
                 for _, _, axis in canvases:
                     put(axis, limits[:, 0].min(), limits[:, 1].max())
+        if log:
+            for _, _, axis in canvases:
+                plain_log(axis)
         pictures = "".join(f"<div>{render(canvas, f'{alt}: {title}')}</div>" for title, canvas, _ in canvases)
     names = "".join(
         f'<span style="color:{colour}"><b aria-hidden="true">━</b> {html.escape(label)}</span>'
@@ -78,7 +83,13 @@ def panels(
     )
     legend = f'<p class="samlib-key">{names}</p>' if names else ""
     return Figure(
-        f'{legend}<div class="samlib-panels">{pictures}</div>', alt, caption, data, tuple(runs), name, wide=True
+        f'{legend}<div class="samlib-panels">{pictures}</div>',
+        alt,
+        caption,
+        data,
+        tuple(runs),
+        name,
+        wide=len(canvases) > 2,
     )
 
 
@@ -125,7 +136,8 @@ def forest(verdict: Verdict, label: Callable[[Any], str] | None = None, log: boo
     shape, _ = SHOWN[verdict.outcome]
     caption = (
         f"{html.escape(claim.text)} <strong>{shape} {verdict.outcome}</strong>: {verdict.supporting} of "
-        f"{verdict.total}. Wanted: {html.escape(claim.threshold)} (the band). The diamond is over all, with its 95 % interval."
+        f"{verdict.total}. Wanted: {html.escape(claim.threshold)} (the band). The diamond is over all, with its 95 % "
+        "interval."
     )
     alt = f"Forest plot of {column} for {verdict.total} units: {verdict.outcome}"
     size = (7.0, 1.1 + 0.28 * (len(order) + 1))

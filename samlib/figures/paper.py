@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import html
 import io
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Callable, Sequence
 
 import matplotlib as mpl
 import matplotlib.lines
@@ -20,7 +19,8 @@ from matplotlib.figure import Figure as Canvas
 from ..experiments import find, title
 from ..runs import Run
 from .selection import changed, edge_of, grouped, leading, ordered, tidy
-from .style import COLOURS, FOREGROUND, LABELS, STYLE, Figure, drawing, key, plain_log, render
+from .shapes import panels
+from .style import COLOURS, FOREGROUND, LABELS, STYLE, Figure, drawing, plain_log
 
 __all__ = [
     "alignments",
@@ -74,7 +74,7 @@ def norms_and_edges(runs: Sequence[Run], gd: bool = True) -> Figure:
         alt=f"Line charts of {names} during training",
         caption="Operator norm and edges through training. "
         + ("At ρ = 0 the two edges coincide." if gd else "The same without 2/η, each panel on its own scale."),
-        share_y="all" if gd else False,
+        share_y=gd,
     )
 
 
@@ -88,7 +88,7 @@ def alignments(runs: Sequence[Run]) -> Figure:
         log=False,
         alt="Line charts of the alignment of the gradient and of the SAM gradient with the principal eigenvector",
         caption="Alignment with the principal eigenvector. The SAM gradient is the one at the perturbed point.",
-        share_y="all",
+        share_y=True,
     )
 
 
@@ -102,7 +102,7 @@ def losses(runs: Sequence[Run]) -> Figure:
         log=True,
         alt="Line charts of the training loss",
         caption="Training loss.",
-        share_y="all",
+        share_y=True,
     )
 
 
@@ -137,22 +137,28 @@ def edge_ratios(runs: Sequence[Run]) -> Figure:
         for rho, c in zip([r for r in rhos if r], sns.color_palette("flare", sum(r > 0 for r in rhos)), strict=True)
     }
     data = tidy(shown, "edge_ratio")
-    with mpl.rc_context(STYLE):
-        canvas = Canvas(figsize=(3.4 * len(rates) + 0.6, 3), layout="constrained")
-        axes = canvas.subplots(1, len(rates), squeeze=False, sharey=True)[0]
-        for axis, rate in zip(axes, rates, strict=True):
-            part = data[data.learning_rate == rate]
+
+    def panel(rate: float) -> Callable[[Axes], None]:
+        def draw(axis: Axes) -> None:
             for rho in rhos:
-                _band(axis, part[part.rho == rho], "edge_ratio", tones[rho])
+                _band(axis, data[(data.learning_rate == rate) & (data.rho == rho)], "edge_ratio", tones[rho])
             axis.axhline(1, color=FOREGROUND, linewidth=0.8, linestyle=(0, (4, 3)))
-            axis.set(title=f"η = {rate:g}", xlabel="step", yscale="log")
-            plain_log(axis)
-        axes[0].set_ylabel(LABELS["edge_ratio"])
-        key(canvas, {f"ρ = {rho:g}" + (" (GD)" if rho == 0 else ""): tones[rho] for rho in rhos})
-        alt = "Line charts of the operator norm divided by the edge during training, for every run of the grid"
-        svg = render(canvas, f"{alt}. {_where(shown)}")
+            axis.set(xlabel="step", ylabel=LABELS["edge_ratio"], yscale="log")
+
+        return draw
+
     caption = "Operator norm divided by the edge of its rule. At 1, training is at the edge of stability."
-    return Figure(svg, alt, caption + _bands_note(shown), data, tuple(shown), "edge_ratios")
+    return panels(
+        {f"η = {rate:g}": panel(rate) for rate in rates},
+        name="edge_ratios",
+        alt="Line charts of the operator norm divided by the edge during training, for every run of the grid. "
+        + _where(shown),
+        caption=caption + _bands_note(shown),
+        data=data,
+        runs=shown,
+        key={f"ρ = {rho:g}" + (" (GD)" if rho == 0 else ""): tones[rho] for rho in rhos},
+        log=True,
+    )
 
 
 def evaluation(runs: Sequence[Run]) -> Figure:
@@ -166,7 +172,7 @@ def evaluation(runs: Sequence[Run]) -> Figure:
         alt="Line charts of the ratio of operator norm and edge on the current mini-batch and on a larger, fixed batch",
         caption="Ratio of operator norm and edge, each of one loss: that of the current mini-batch, and that of a "
         "fixed batch four times as large.",
-        share_y="row",
+        share_y=True,
         colours={"edge_ratio": COLOURS["operator_norm"], "eval_edge_ratio": COLOURS["loss"]},
         labels={"edge_ratio": "current mini-batch", "eval_edge_ratio": "larger fixed batch"},
     )
@@ -255,29 +261,19 @@ def _panels(
     log: bool,
     alt: str,
     caption: str,
-    share_y: Any,
+    share_y: bool,
     colours: dict[str, str] | None = None,
     labels: dict[str, str] | None = None,
 ) -> Figure:
-    """One panel per (η, ρ), learning rates down and rhos across, as the paper lays them out."""
+    """One panel per (η, ρ)."""
     if not runs:
         raise ValueError("no runs to draw: the grid has no run of the kind this figure shows")
     shown = ordered(runs)
     colours, labels = {**COLOURS, **(colours or {})}, {**LABELS, "edge": edge_of(runs), **(labels or {})}
-    groups = dict(grouped(shown))
-    rates, rhos = (sorted({key[i] for key in groups}) for i in (0, 1))
     data = tidy(shown, *quantities)
-    with mpl.rc_context(STYLE):
-        size = (max(2.5 * len(rhos) + 0.7, 4.6), 1.9 * len(rates) + 0.8)
-        canvas = Canvas(figsize=size, layout="constrained")
-        axes = canvas.subplots(len(rates), len(rhos), squeeze=False, sharex=True, sharey=share_y)
-        for (i, rate), (j, rho) in ((a, b) for a in enumerate(rates) for b in enumerate(rhos)):
-            axis: Axes = axes[i][j]
-            axis.set_title(f"η = {rate:g}, ρ = {rho:g}")
-            group = groups.get((rate, rho))
-            if group is None:
-                axis.set_axis_off()
-                continue
+
+    def panel(rate: float, rho: float, group: list[Run]) -> Callable[[Axes], None]:
+        def draw(axis: Axes) -> None:
             part = data[(data.learning_rate == rate) & (data.rho == rho)]
             for quantity in quantities:
                 _band(axis, part, quantity, colours[quantity])
@@ -285,19 +281,26 @@ def _panels(
             if diverged:
                 steps = ", ".join(f"{run.last.step:.0f}" for run in diverged)
                 note = f"{len(diverged)} of {len(group)} diverged\n(step {steps})"
-                axis.text(0.97, 0.95, note, transform=axis.transAxes, ha="right", va="top", fontsize=8)
+                axis.text(0.97, 0.95, note, transform=axis.transAxes, ha="right", va="top")
+            axis.set(xlabel="step", ylabel=ylabel)
             if log:
                 axis.set_yscale("log")
-                plain_log(axis)
             else:
                 axis.set_ylim(0, 1)
-        for axis in axes[-1]:
-            axis.set_xlabel("step")
-        for row in axes:
-            row[0].set_ylabel(ylabel)
-        key(canvas, {labels[quantity]: colours[quantity] for quantity in quantities})
-        svg = render(canvas, f"{alt}. {_where(shown)}")
-    return Figure(svg, alt, caption + _bands_note(shown), data, tuple(shown), name)
+
+        return draw
+
+    return panels(
+        {f"η = {rate:g}, ρ = {rho:g}": panel(rate, rho, group) for (rate, rho), group in grouped(shown)},
+        name=name,
+        alt=f"{alt}. {_where(shown)}",
+        caption=caption + _bands_note(shown),
+        data=data,
+        runs=shown,
+        key={labels[quantity]: colours[quantity] for quantity in quantities},
+        share_y=share_y,
+        log=log,
+    )
 
 
 def _band(axis: Axes, data: pd.DataFrame, quantity: str, colour: str) -> None:
