@@ -21,7 +21,12 @@ RUNS = standard(published_runs("mnist", ROOT / "data" / "published"))
 
 
 def content(page):
-    return json.loads(re.search(r'id="explorer-data">(.*?)</script>', page.data, re.DOTALL)[1])
+    """What the page carries, each group with its runs."""
+    found = json.loads(re.search(r'id="explorer-data">(.*?)</script>', page.data, re.DOTALL)[1])
+    runs = dict(re.findall(r'class="samlib-runs" data-source="([^"]+)">(.*?)</script>', page.data, re.DOTALL))
+    for group in found["groups"]:
+        group["runs"] = json.loads(runs[group["source"]])[group["key"]]
+    return found
 
 
 @pytest.fixture
@@ -78,7 +83,7 @@ def test_diverged_runs_are_shown_and_enter_no_median(without_vega):
 def test_runs_of_another_size_are_a_choice_of_their_own():
     wide = replace(RUNS[0], config=RUNS[0].config.model_copy(update={"width": 1000, "examples": 5000}))
     paper = replace(RUNS[0], config=RUNS[0].config.model_copy(update={"profile": "paper"}))
-    found = explorer.groups("mnist", [wide, paper, *RUNS])
+    found = explorer.groups("mnist", [wide, paper, *RUNS], "MNIST")
     assert found[0]["key"] == "mnist"
     assert len(found[0]["runs"]) == len(RUNS)
     assert found[1]["key"] == "mnist:reduced:examples=5000:width=1000"
@@ -130,7 +135,7 @@ def test_the_charts_are_valid_and_tied_together():
 def test_the_page_asks_nobody_for_anything():
     page = explorer.explore({"mnist": RUNS}).data
     assert "vegaEmbed" in page
-    assert page.count("</script>") == page.count("<script") == 3
+    assert page.count("</script>") == page.count("<script") == 4
     assert not re.search(r"<(script|link)[^>]*(src|href)=", page)
     assert len(page) < 2_000_000
     assert "@VEGA@" not in page

@@ -254,7 +254,7 @@ def test_a_click_on_the_map_chooses_the_run(explorer):
 
 def test_a_link_leads_to_one_run(explorer):
     first = explorer()
-    runs = first.evaluate("JSON.parse(document.getElementById('explorer-data').textContent).groups[0].runs")
+    runs = first.evaluate("samlibExplorer.load('mnist').then(runs => runs.mnist)")
     run = next(r for r in runs if r["id"] not in chosen(first)["runs"])
     page = explorer(f"#mnist/{run['learning_rate']}/{run['rho']}/{run['seed']}")
     assert chosen(page)["runs"] == run["id"]

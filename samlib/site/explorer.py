@@ -25,7 +25,7 @@ from ..runs import Run
 __all__ = ["MOST_POINTS", "cells", "explore", "groups", "overview", "thin", "trajectories"]
 
 MOST_POINTS = 1000  # per curve
-MOST_VALUES = 180_000  # in the page, so that with the libraries it stays below 3 MB
+MOST_VALUES = 180_000  # of a source, which then is below 2 MB
 
 # One panel below the other: the quantities, the title of the axis, whether its scale can be logarithmic.
 PANELS = (
@@ -36,47 +36,67 @@ PANELS = (
 QUANTITIES = tuple(quantity for panel in PANELS for quantity in panel[0])
 
 
-def explore(experiments: dict[str, Sequence[Run]]) -> HTML:
-    """The explorer for the published runs of some experiments, as one piece of HTML; empty experiments are left out."""
-    lengths = np.array([len(run.measurements) for runs in experiments.values() for run in runs])
-    most = MOST_POINTS
-    while np.minimum(lengths, most).sum() * (len(QUANTITIES) + 1) > MOST_VALUES:
-        most = most * 9 // 10
-    data = [group for name, runs in experiments.items() for group in groups(name, runs, most)]
+def explore(sources: dict[str, Sequence[Run]], titles: dict[str, str] | None = None) -> HTML:
+    """The explorer for published runs, as one piece of HTML; sources without runs are left out.
+
+    The runs of each source stand in a script element of their own, which the site turns into a file that is loaded when
+    a reader asks for it.
+
+    Args:
+        sources: runs by the name of their experiment or chapter.
+        titles: what the page calls a source; by default the experiment's title.
+    """
+    titles = titles or {}
+    data = [group for name, runs in sources.items() for group in groups(name, runs, titles.get(name) or title(name))]
     if not data:
         return HTML("<p>No runs are published yet, so there is nothing to explore.</p>")
     content = {
-        "groups": data,
+        "groups": [{name: value for name, value in group.items() if name != "runs"} for group in data],
         "panels": [panel[0] for panel in PANELS],
         "labels": LABELS,
         "overview": overview().to_dict(),
         "trajectories": trajectories().to_dict(),
     }
+    files = "".join(
+        f'<script type="application/json" class="samlib-runs" data-source="{name}">{_json(runs)}</script>\n'
+        for name, runs in (
+            (name, {group["key"]: group["runs"] for group in data if group["source"] == name})
+            for name in dict.fromkeys(group["source"] for group in data)
+        )
+    )
+    page = Path(__file__).with_suffix(".html").read_text(encoding="utf-8")
+    return HTML(page.replace("@DATA@", _json(content)).replace("@RUNS@", files).replace("@VEGA@", _vega()))
+
+
+def _json(content: Any) -> str:
     # "<" could end the script element that holds the data.
-    encoded = json.dumps(content, allow_nan=False, separators=(",", ":")).replace("<", "\\u003c")
-    page = Path(__file__).with_suffix(".html").read_text()
-    return HTML(page.replace("@DATA@", encoded).replace("@VEGA@", _vega()))
+    return json.dumps(content, allow_nan=False, separators=(",", ":")).replace("<", "\\u003c")
 
 
-def groups(experiment: str, runs: Sequence[Run], most: int = MOST_POINTS) -> list[dict[str, Any]]:
+def groups(source: str, runs: Sequence[Run], title: str) -> list[dict[str, Any]]:
     """Runs that differ in η, ρ and seed alone, as plain values for the page; the grid of the claims comes first.
 
-    Each group has a ``key``, which links use, a ``label``, its ``cells`` and its ``runs``, whose measurements are
-    rounded to six digits; what is not finite is None.
+    Each group has a ``key``, which links use, its ``source``, a ``label``, its ``cells`` and its ``runs``, whose
+    measurements are rounded to six digits; what is not finite is None.
     """
-    found: dict[tuple[int, str], list[Run]] = {}
+    lengths = np.array([len(run.measurements) for run in runs])
+    most = MOST_POINTS
+    while np.minimum(lengths, most).sum() * (len(QUANTITIES) + 1) > MOST_VALUES:
+        most = most * 9 // 10
+    found: dict[tuple[str, int, str], list[Run]] = {}
     for run in runs:
-        found.setdefault((PROFILES.index(run.config.profile), ", ".join(changed(run))), []).append(run)
-    standard = (PROFILES.index(leading(runs)), "")
+        place = (run.config.experiment, PROFILES.index(run.config.profile), ", ".join(changed(run)))
+        found.setdefault(place, []).append(run)
+    standard = (source, PROFILES.index(leading(runs)), "")
     result = []
-    for rank, settings in sorted(found, key=lambda place: (place != standard, place)):
-        members = found[rank, settings]
-        size = ", ".join(filter(None, [PROFILES[rank], settings]))
-        key = experiment if (rank, settings) == standard else f"{experiment}:{size.replace(', ', ':')}"
-        label = f"{title(experiment)} ({size})"
-        result.append(
-            {"key": key, "label": label, "cells": cells(members), "runs": [_plain(run, most) for run in members]}
-        )
+    for place in sorted(found, key=lambda place: (place != standard, place)):
+        experiment, rank, settings = place
+        size = ", ".join(filter(None, [experiment if experiment != source else "", PROFILES[rank], settings]))
+        key = source if place == standard else f"{source}:{size.replace(', ', ':')}"
+        members = found[place]
+        label = f"{title} ({size})"
+        shown = [_plain(run, most) for run in members]
+        result.append({"key": key, "source": source, "label": label, "cells": cells(members), "runs": shown})
     return result
 
 
@@ -87,10 +107,11 @@ def cells(runs: Sequence[Run]) -> list[dict[str, Any]]:
         places.setdefault((run.config.learning_rate, run.config.rho), []).append(run)
     result = []
     for (learning_rate, rho), members in sorted(places.items()):
-        ratios = [last_half(run).edge_ratio.median() for run in members if run.outcome == "finished"]
-        ratio = float(np.median(ratios)) if ratios else None
-        diverged = len(members) - len(ratios)
-        text = "diverged" if ratio is None else f"{ratio:.2f}" + ("*" if diverged else "")
+        finished = [run for run in members if run.outcome == "finished"]
+        diverged = len(members) - len(finished)
+        ratios = [r.edge_ratio.median() for r in map(last_half, finished) if "edge_ratio" in r]
+        ratio = float(np.median(ratios)) if np.isfinite(ratios).any() else None
+        text = ("diverged" if diverged else "–") if ratio is None else f"{ratio:.2f}" + ("*" if diverged else "")
         place = {"learning_rate": learning_rate, "rho": rho, "edge_ratio": ratio, "text": text}
         result.append({**place, "runs": len(members), "diverged": diverged})
     return result

@@ -62,7 +62,8 @@ def stage_card(stage: Path, title: str) -> None:
 
 
 def files_of_data(stage: Path, name: str) -> None:
-    """Turn the long data links of an executed notebook into links to files, so that its page stays light."""
+    """Turn the long data of an executed notebook into files, so that its page stays light: links to CSV, and the
+    explorer's runs."""
     path = stage / f"{name}.ipynb"
     notebook = nbformat.read(path, as_version=4)
     folder = stage / EXTRA / "data"
@@ -79,11 +80,23 @@ def files_of_data(stage: Path, name: str) -> None:
         (folder / file).write_bytes(base64.b64decode(content))
         return f'<a download="{stem}.csv" href="{up}data/{file}"'
 
+    def to_script(element: re.Match[str]) -> str:
+        source, content = element[1], element[2]
+        if len(content) <= INLINE:
+            return element[0]
+        folder.mkdir(parents=True, exist_ok=True)
+        script = f"(window.samlibRuns ??= {{}})[{source!r}] = {content};\n"
+        (folder / f"runs-{source}.js").write_text(script, encoding="utf-8")
+        about = f'class="samlib-runs" data-source="{source}" data-src="{up}data/runs-{source}.js"'
+        return f'<script type="application/json" {about}></script>'
+
     for cell in notebook.cells:
         for output in cell.get("outputs", []):
             if page := output.get("data", {}).get("text/html"):
                 link = r'<a download="([^"]+)\.csv" href="data:text/csv;base64,([^"]*)"'
-                output["data"]["text/html"] = re.sub(link, to_file, "".join(page))
+                text = re.sub(link, to_file, "".join(page))
+                runs = r'<script type="application/json" class="samlib-runs" data-source="([^"]+)">(.*?)</script>'
+                output["data"]["text/html"] = re.sub(runs, to_script, text, flags=re.DOTALL)
     nbformat.write(notebook, path)
 
 
