@@ -309,7 +309,7 @@ def main() -> None:
     if options.write:
         name = "sweep_drill_ray_node.json" if options.ray_node else "sweep_drill.json"
         RESULTS_FILE.parent.mkdir(exist_ok=True)
-        (RESULTS_FILE.parent / name).write_text(json.dumps(result, indent=1) + "\n")
+        (RESULTS_FILE.parent / name).write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
     if not options.folder:
         shutil.rmtree(folder)
 

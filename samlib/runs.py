@@ -129,9 +129,9 @@ class RunStore:
         if not (folder / "status.json").exists():
             return None
         try:
-            status = json.loads((folder / "status.json").read_text())
+            status = json.loads((folder / "status.json").read_text(encoding="utf-8"))
             content = (folder / "measurements.parquet").read_bytes()
-            config = stored_config(json.loads((folder / "config.json").read_text()))
+            config = stored_config(json.loads((folder / "config.json").read_text(encoding="utf-8")))
             path = (folder / "path.parquet").read_bytes() if status.get("path") else b""
             if _checksum(content + path, status["outcome"], status["provenance"]) != status["sha256"]:
                 raise ValueError("measurements.parquet, path.parquet or status.json does not match the checksum")

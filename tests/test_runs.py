@@ -140,7 +140,7 @@ def test_files_that_are_not_published_runs_are_refused(tmp_path):
 
 def test_provenance_says_what_a_reader_wants_to_know(store):
     run = train(small_config(), store)
-    about = json.loads((store.folder(run.id) / "status.json").read_text())["provenance"]
+    about = json.loads((store.folder(run.id) / "status.json").read_text(encoding="utf-8"))["provenance"]
     assert about["standin"] is True
     assert about["gradients"] == 2 * 30
     assert about["matvecs"] == run.measurements.matvecs.sum()

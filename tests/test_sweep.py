@@ -185,7 +185,7 @@ def test_a_bad_request_names_all_its_problems_and_writes_nothing(arguments, mess
     ],
 )
 def test_a_bad_configuration_file_is_explained(content, message, tmp_path):
-    (tmp_path / "sweep.yaml").write_text(content)
+    (tmp_path / "sweep.yaml").write_text(content, encoding="utf-8")
     result = samlib(RUN, "--config", tmp_path / "sweep.yaml", "--out", tmp_path / "out")
     assert result.exit_code == 2, result.output
     assert message in result.stderr
@@ -197,7 +197,8 @@ def test_ranges_points_and_grids_combine(tmp_path):
         "set: {steps: 1e2, data: standin}\n"
         "grid: {seed: [0, 1]}\n"
         "ranges: {tolerance: {logspace: [-3, -1, 3]}}\n"
-        "points: [{learning_rate: 1e-1, rho: 0}, {learning_rate: 0.3, rho: 0.1}]\n"
+        "points: [{learning_rate: 1e-1, rho: 0}, {learning_rate: 0.3, rho: 0.1}]\n",
+        encoding="utf-8",
     )
     request = sweep.read_config(tmp_path / "sweep.yaml")
     assert request["grid"].pop("tolerance") == pytest.approx([0.001, 0.01, 0.1])
@@ -211,7 +212,9 @@ def test_ranges_points_and_grids_combine(tmp_path):
 
 
 def test_the_command_line_overrides_the_configuration_file(tmp_path):
-    (tmp_path / "sweep.yaml").write_text("set: {steps: 5, data: standin, width: 16}\ngrid: {rho: [0, 1]}\n")
+    (tmp_path / "sweep.yaml").write_text(
+        "set: {steps: 5, data: standin, width: 16}\ngrid: {rho: [0, 1]}\n", encoding="utf-8"
+    )
     result = samlib(
         *(RUN, "--config", tmp_path / "sweep.yaml", "--grid", "rho=0.5", "--set", "steps=7", "--set", "examples=50"),
         *("--out", tmp_path / "out", "--dry-run"),
@@ -223,7 +226,7 @@ def test_the_command_line_overrides_the_configuration_file(tmp_path):
 
 
 def test_what_is_not_a_usable_notebook_is_refused(tmp_path):
-    (tmp_path / "n.ipynb").write_text("{")
+    (tmp_path / "n.ipynb").write_text("{", encoding="utf-8")
     for path, message in [
         (tmp_path / "none.ipynb", "cannot be read"),
         (tmp_path / "n.ipynb", "is not a notebook"),
@@ -274,9 +277,9 @@ def test_a_folder_with_something_else_in_it_is_refused(trivial, tmp_path):
 def test_a_folder_that_is_no_sweep_has_no_report(tmp_path):
     result = samlib("report", tmp_path)
     assert (result.exit_code, "holds no sweep" in result.stderr) == (2, True)
-    (tmp_path / "sweep.json").write_text('{"version": 0}')
+    (tmp_path / "sweep.json").write_text('{"version": 0}', encoding="utf-8")
     assert "another version of samlib" in samlib("report", tmp_path).stderr
-    (tmp_path / "sweep.json").write_text("{")
+    (tmp_path / "sweep.json").write_text("{", encoding="utf-8")
     assert "cannot be read" in samlib("report", tmp_path).stderr
 
 
@@ -320,8 +323,8 @@ def test_points_end_as_they_do_and_only_those_without_a_result_are_repeated(triv
     before = executed.stat().st_mtime_ns
     # A folder that looks done but has no valid status is not done.
     folder = out / planned.points[1].id
-    (folder / "executed.ipynb").write_text("{}")
-    (folder / "status.json").write_text('{"outcome": "fini')
+    (folder / "executed.ipynb").write_text("{}", encoding="utf-8")
+    (folder / "status.json").write_text('{"outcome": "fini', encoding="utf-8")
     assert [p.id for p in planned.left()] == [p.id for p in planned.points[1:]]
     result = samlib(*command)
     assert result.exit_code == 0, result.output
@@ -343,7 +346,7 @@ def test_termination_ends_the_sweep_and_what_it_started(trivial, tmp_path):
     import psutil
 
     command = [sys.executable, "-m", "samlib.cli", "sweep", trivial, "--grid", "do=hang", "--out", tmp_path / "out"]
-    process = subprocess.Popen(list(map(str, command)), stderr=subprocess.PIPE, text=True)
+    process = subprocess.Popen(list(map(str, command)), stderr=subprocess.PIPE, encoding="utf-8")
     until(lambda: list(tmp_path.glob("out/*/progress.jsonl")))
     started = until(lambda: psutil.Process(process.pid).children(recursive=True))
     process.send_signal(signal.SIGTERM)
@@ -506,7 +509,10 @@ SMALL = ("--points=2", "--steps=600", "--width=16")
 
 def drill(folder, *options):
     done = subprocess.run(
-        [sys.executable, DRILL, "--light", "--folder", folder, *options], capture_output=True, text=True, timeout=600
+        [sys.executable, DRILL, "--light", "--folder", folder, *options],
+        capture_output=True,
+        encoding="utf-8",
+        timeout=600,
     )
     assert done.returncode == 0, done.stdout + done.stderr
     return json.loads(done.stdout[done.stdout.index("{") :])
@@ -538,7 +544,7 @@ def test_a_report_is_a_page_with_links(drilled):
     result = samlib("report", out, "--allow-partial")
     assert result.exit_code == 0, result.output
     second = sweep.load(out).points[1].id
-    page = (out / "report.html").read_text()
+    page = (out / "report.html").read_text(encoding="utf-8")
     assert page.count(f'href="{second}/executed.ipynb"') >= 4
     assert 'aria-label="Heatmap of edge ratio, median over the last half of training over rho' in page
     assert f'href="{first}' not in page

@@ -317,7 +317,7 @@ def record(results: Sequence[Verdict], folder: Path | None = None) -> None:
 def agrees_with_record(results: Sequence[Verdict], folder: Path | None = None) -> list[str]:
     """Differences between verdicts and those written down; empty if they agree."""
     path = _record_path(folder)
-    recorded = json.loads(path.read_text()) if path.exists() else {}
+    recorded = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
     computed = _summary(results)
     return [
         f"{name}: computed {computed.get(name)}, recorded {recorded.get(name)}"

@@ -48,9 +48,9 @@ def build(root: Path, profile: str = "quick", data: str = "auto") -> Path:
     for part in ("book", "notebooks"):
         shutil.copytree(root / part, stage / part, ignore=shutil.ignore_patterns(".ipynb_checkpoints"))
     shutil.copy(root / "_toc.yml", stage)
-    config = configure(yaml.safe_load((root / "_config.yml").read_text()))
+    config = configure(yaml.safe_load((root / "_config.yml").read_text(encoding="utf-8")))
     config["execute"]["execute_notebooks"] = "off"
-    (stage / "_config.yml").write_text(yaml.safe_dump(config, sort_keys=False))
+    (stage / "_config.yml").write_text(yaml.safe_dump(config, sort_keys=False), encoding="utf-8")
 
     names = notebooks_in(root / "_toc.yml")
     stage_card(stage, config["title"])
@@ -91,7 +91,9 @@ def pdf(root: Path) -> Path:
     pages = root / "_build" / "singlehtml"
     # Sphinx puts the page where the first chapter lies, with addresses as seen from the top.
     page_file = pages / "index.html"
-    page_file.write_text((pages / "book" / "index.html").read_text().replace('"book/index.html#', '"#'))
+    page_file.write_text(
+        (pages / "book" / "index.html").read_text(encoding="utf-8").replace('"book/index.html#', '"#'), encoding="utf-8"
+    )
     target = root / "_build" / "book.pdf"
     with browser.launch() as chromium:
         page = chromium.new_page(color_scheme="light")
@@ -122,7 +124,11 @@ def notebooks_in(toc: Path) -> list[str]:
             return own + [f for value in node.values() for f in files(value)]
         return [f for item in node for f in files(item)] if isinstance(node, list) else []
 
-    return [name for name in files(yaml.safe_load(toc.read_text())) if (toc.parent / f"{name}.ipynb").exists()]
+    return [
+        name
+        for name in files(yaml.safe_load(toc.read_text(encoding="utf-8")))
+        if (toc.parent / f"{name}.ipynb").exists()
+    ]
 
 
 def execution_times(stage: Path, names: list[str]) -> dict[str, float]:

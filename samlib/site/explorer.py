@@ -54,7 +54,7 @@ def explore(experiments: dict[str, Sequence[Run]]) -> HTML:
     }
     # "<" could end the script element that holds the data.
     encoded = json.dumps(content, allow_nan=False, separators=(",", ":")).replace("<", "\\u003c")
-    page = Path(__file__).with_suffix(".html").read_text()
+    page = Path(__file__).with_suffix(".html").read_text(encoding="utf-8")
     return HTML(page.replace("@DATA@", encoded).replace("@VEGA@", _vega()))
 
 

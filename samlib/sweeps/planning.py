@@ -221,7 +221,7 @@ def read_config(path: str | os.PathLike[str]) -> dict[str, Any]:
     """
     path = Path(path)
     try:
-        content = yaml.safe_load(path.read_text())
+        content = yaml.safe_load(path.read_text(encoding="utf-8"))
     except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
         reason = " ".join(str(error).split())
         raise SweepError(f"--config {path} is not a readable YAML file: {reason}") from None
@@ -284,7 +284,7 @@ def load(out: str | os.PathLike[str]) -> Sweep:
     """
     out = Path(out).absolute()
     try:
-        content = json.loads((out / "sweep.json").read_text())
+        content = json.loads((out / "sweep.json").read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise SweepError(f"{out} holds no sweep (no sweep.json); give the folder of a sweep") from None
     except (OSError, ValueError) as error:

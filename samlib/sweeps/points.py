@@ -60,7 +60,7 @@ class Status:
 
 def status_of(folder: Path) -> Status | None:
     try:
-        return Status(**json.loads((folder / "status.json").read_text()))
+        return Status(**json.loads((folder / "status.json").read_text(encoding="utf-8")))
     except (OSError, ValueError, TypeError):
         return None
 
