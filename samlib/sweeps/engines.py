@@ -15,9 +15,9 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, Protocol
 
-from .executing import Workers
 from .planning import Sweep, SweepError
 from .points import Point, Status, execute_point
+from .processes import Workers
 from .progress import Reporter, cores
 
 __all__ = ["Done", "Engine", "Limits", "Local", "Ray", "gpus", "run"]
