@@ -6,8 +6,7 @@ import os
 import subprocess
 import sys
 from contextlib import suppress
-
-import psutil
+from typing import Any
 
 __all__ = ["MARK", "Workers", "end_marked", "start"]
 
@@ -52,18 +51,21 @@ def end_marked(mark: str) -> None:
 
     Process groups would not do: who starts a server or a launcher of its own often gives it a group of its own.
     """
+    import psutil
+
+    def mark_of(process: Any) -> str | None:
+        try:
+            return process.environ().get(MARK)
+        except (psutil.Error, OSError):  # of another user, or gone
+            return None
+
     for _ in range(20):  # what is being ended may just have started another
-        found = [process for process in psutil.process_iter() if _mark(process) == mark and process.pid != os.getpid()]
+        found = [
+            process for process in psutil.process_iter() if mark_of(process) == mark and process.pid != os.getpid()
+        ]
         if not found:
             return
         for process in found:
             with suppress(psutil.Error):
                 process.kill()
         psutil.wait_procs(found, timeout=1)
-
-
-def _mark(process: psutil.Process) -> str | None:
-    try:
-        return process.environ().get(MARK)
-    except (psutil.Error, OSError):  # of another user, or gone
-        return None
