@@ -151,15 +151,17 @@ def book(
 ) -> None:
     """Execute the notebooks and build the website into _build/html."""
     from .experiments import PROFILES
-    from .site.build import BookError, build, pdf
+    from .site.build import BookError, InvalidBook, build, pdf
 
     if profile not in PROFILES or data not in ("auto", "real", "standin"):
         invalid(f"profile must be one of {', '.join(PROFILES)} and data auto, real or standin; got {profile}, {data}")
     if not (root / "_toc.yml").exists():
         invalid(f"{root.absolute()} holds no _toc.yml; run this in the project's folder or give --root")
     try:
-        index = build(root.absolute(), profile, data)
+        index = build(root.absolute(), profile, data, printed=as_pdf)
         printed = pdf(root.absolute()) if as_pdf else None
+    except InvalidBook as error:
+        invalid(str(error))
     except BookError as error:
         fail(str(error), 1)
     print(f"The book is built. Open {index}" + (f" or {printed}" if printed else ""))
