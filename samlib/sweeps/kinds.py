@@ -167,9 +167,16 @@ def _container(kind: type) -> Callable[[Any], Any]:
 
 
 def _anything(value: Any) -> Any:
-    if isinstance(value, str):
-        value = None if value in _NOTHING else load_yaml(value)
-    return _plain(value)
+    if not isinstance(value, str):
+        return _plain(value)
+    if value in _NOTHING:
+        return None
+    try:
+        return _plain(load_yaml(value))
+    except yaml.YAMLError:
+        if value.lstrip().startswith(("[", "{")):
+            raise
+        return value  # a text that YAML would want in quotes
 
 
 def _plain(value: Any) -> Any:

@@ -237,7 +237,7 @@ def load(out: str | os.PathLike[str]) -> Sweep:
         raise SweepError(f"{out} holds no sweep (no sweep.json); give the folder of a sweep") from None
     except (OSError, ValueError) as error:
         raise SweepError(f"{out / 'sweep.json'} cannot be read ({error})") from None
-    if content.pop("version", None) != _VERSION:
+    if not isinstance(content, dict) or content.pop("version", None) != _VERSION:
         raise SweepError(f"{out} was written by another version of samlib; sweep into a new folder")
     try:
         points = tuple(Point(**point) for point in content.pop("points"))
