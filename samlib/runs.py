@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import io
 import json
@@ -128,6 +129,8 @@ class RunStore:
         except OSError as error:
             raise self._unwritable(error) from None
         try:
+            if self.folder(run_id).exists() and not os.access(self.folder(run_id), os.W_OK):
+                raise self._unwritable(PermissionError(errno.EACCES, os.strerror(errno.EACCES)))
             for part in self.folder(run_id).glob("*.part"):  # what a killed process was writing
                 part.unlink(missing_ok=True)
             yield
