@@ -88,13 +88,15 @@ def _write_html(notebook: Path) -> None:
         "mathjax_url": "",
         "mermaid_js_url": "",
     }
-    # nbconvert looks for its templates beside the interpreter only; in an environment on top of another one they are
-    # where nbconvert is.
+    # nbconvert looks for its templates beside the interpreter only, and among the folders of the working folder: in an
+    # environment on top of another one they are where nbconvert is.
     files = importlib.metadata.files("nbconvert") or []
-    templates = {Path(str(f.locate())).parents[1] for f in files if f.name == "conf.json" and "templates" in f.parts}
+    found = {f.locate().parents[1] for f in files if f.name == "conf.json" and "templates" in f.parts}  # type: ignore
+    templates = [str(path) for path in found]
     exporter = HTMLExporter(
         config=Config(TagRemovePreprocessor=removed, HTMLExporter=offline),
-        extra_template_basedirs=[str(path) for path in templates],
+        extra_template_basedirs=templates,
+        extra_template_paths=templates,
     )
     page, _ = exporter.from_notebook_node(nbformat.read(notebook, as_version=4), {"metadata": {"name": "Sweep"}})
     atomic_write(notebook.with_suffix(".html"), page.encode("utf-8", "backslashreplace"))
