@@ -13,7 +13,7 @@ pdf: setup
 
 # Without the browser tests, which look at the built book: those are `make site-test`.
 test: lint
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses=2 --ignore=tests/test_site.py --cov=samlib --cov-report=term-missing:skip-covered --cov-fail-under=90
+	OMP_NUM_THREADS=1 PYTHONWARNDEFAULTENCODING=1 $(BIN)/python -m pytest --numprocesses=2 --ignore=tests/test_site.py --cov=samlib --cov-report=term-missing:skip-covered --cov-fail-under=90
 
 lint: setup
 	$(BIN)/ruff check .

@@ -103,7 +103,7 @@ def record(name: str, result: dict[str, Any]) -> None:
     }
     text = json.dumps({"machine": about, **_rounded(result)}, indent=1) + "\n"
     RESULTS.mkdir(exist_ok=True)
-    (RESULTS / f"{name}.json").write_text(text)
+    (RESULTS / f"{name}.json").write_text(text, encoding="utf-8")
     print(text)
 
 

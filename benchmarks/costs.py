@@ -229,7 +229,9 @@ def main() -> None:
     if options.memory:
         print(json.dumps(product_memory(options.memory)))
         return
-    alone = subprocess.run([sys.executable, __file__, "--memory", "60000"], capture_output=True, text=True, check=True)
+    alone = subprocess.run(
+        [sys.executable, __file__, "--memory", "60000"], capture_output=True, encoding="utf-8", check=True
+    )
     result = {
         "limits": LIMITS,
         "nets": {name: network(name) for name in NETS},

@@ -180,7 +180,7 @@ def main() -> None:
         exact_on_cuda()  # before the first matrix product
     speed = rates(options.device, 8192 if gpu else 1024)
     path = RESULTS / "gpu.json"
-    result: dict[str, Any] = json.loads(path.read_text()) if gpu and path.exists() else {"nets": {}}
+    result: dict[str, Any] = json.loads(path.read_text(encoding="utf-8")) if gpu and path.exists() else {"nets": {}}
     result.pop("machine", None)
     result |= {"matmul_flops_per_second": speed[0], "copy_bytes_per_second": speed[1]}
     for name in options.nets:

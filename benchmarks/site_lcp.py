@@ -66,7 +66,7 @@ def main() -> None:
         "limit_seconds": LIMIT,
     }
     print(json.dumps(result, indent=1))
-    TARGET.write_text(json.dumps(result, indent=1) + "\n")
+    TARGET.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
     missed = [name for name in SCREENS if screens[name]["largest_contentful_paint_seconds"] > LIMIT]
     raise SystemExit(f"over the limit: {', '.join(missed)}" if missed else 0)
 

@@ -22,7 +22,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
@@ -201,20 +201,22 @@ class Drill:
         return len(finished)
 
 
-def check_journals(out: Path) -> dict[str, int]:
+def check_journals(paths: Iterable[Path]) -> dict[str, int]:
     """No run was trained again after it was done, and each continued from its last checkpoint."""
     starts = resumed = repeated = 0
-    for path in out.glob("*/progress.jsonl"):
-        checkpoint, done = 0, False
+    for path in paths:
+        checkpoints: dict[str, int] = {}
+        done: set[str] = set()
         for event in Journal(path).read():
+            run = event.get("run", "")
             if event["event"] == "start":
                 starts += 1
                 resumed += event["step"] > 0
-                repeated += done or event["step"] < checkpoint
+                repeated += run in done or event["step"] < checkpoints.get(run, 0)
             elif event["event"] == "checkpoint":
-                checkpoint = event["step"]
+                checkpoints[run] = event["step"]
             elif event["event"] == "done":
-                done = True
+                done.add(run)
     assert not repeated, f"{repeated} of {starts} starts repeated what was done"
     return {"starts": starts, "resumed_from_checkpoint": resumed, "trained_again": repeated}
 
@@ -302,14 +304,14 @@ def main() -> None:
         "kills": drill.kills,
         "seconds_undisturbed": undisturbed,
         "seconds_disturbed": round(time.monotonic() - started, 1),
-        **check_journals(drill.out),
+        **check_journals(drill.out.glob("*/progress.jsonl")),
         "tables_equal": True,
     }
     print(json.dumps(result, indent=1))
     if options.write:
         name = "sweep_drill_ray_node.json" if options.ray_node else "sweep_drill.json"
         RESULTS_FILE.parent.mkdir(exist_ok=True)
-        (RESULTS_FILE.parent / name).write_text(json.dumps(result, indent=1) + "\n")
+        (RESULTS_FILE.parent / name).write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
     if not options.folder:
         shutil.rmtree(folder)
 

@@ -89,7 +89,7 @@ def thousand(folder: Path) -> dict[str, Any]:
 
     def execute(source: Path, target: Path, values: dict[str, Any], *_: Any, **__: Any) -> Execution:
         append(target.with_name("progress.jsonl"), "record", values={"product": values["x"] * values["y"]})
-        target.write_text("{}")
+        target.write_text("{}", encoding="utf-8")
         return Execution("finished", "", 1.0)
 
     real, sweep.execute = sweep.execute, execute  # type: ignore[assignment]
@@ -146,7 +146,7 @@ def main() -> None:
     print(json.dumps(result, indent=1))
     if not options.dry:
         TARGET.parent.mkdir(exist_ok=True)
-        TARGET.write_text(json.dumps(result, indent=1) + "\n")
+        TARGET.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
         missed = [name for name, limit in LIMITS.items() if result[name] > limit]
         raise SystemExit(f"over the limit: {', '.join(missed)}" if missed else 0)
 

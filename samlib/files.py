@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import uuid
 from pathlib import Path
 
 __all__ = ["PROJECT", "atomic_write"]
@@ -13,11 +14,18 @@ PROJECT = _PARENT if (_PARENT / "_toc.yml").exists() else None
 
 
 def atomic_write(path: Path, content: bytes) -> None:
-    """Write a file so that a reader, or the next process after a crash, sees all of it or the one before."""
+    """Write a file so that a reader, or the next process after a crash, sees all of it or the one before.
+
+    Several processes may write the same file at once, also on machines that share the folder: one of them wins.
+    """
     path.parent.mkdir(parents=True, exist_ok=True)
-    part = path.with_name(f"{path.name}.{os.getpid()}.part")
-    with part.open("wb") as file:
-        file.write(content)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(part, path)
+    part = path.with_name(f"{path.name}.{uuid.uuid4().hex[:12]}.part")
+    try:
+        with part.open("wb") as file:
+            file.write(content)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(part, path)
+    except BaseException:
+        part.unlink(missing_ok=True)  # a full disk is not made fuller
+        raise

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import decimal
 import json
+import numbers
 import os
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -26,13 +29,35 @@ def append(path: Path, event: str, **values: Any) -> None:
         file.write(line.encode())
 
 
-def record(**values: float | int | str | bool | None) -> None:
-    """Put results of a notebook of one's own into the sweep's table; outside a sweep do nothing.
+def record(**values: Any) -> None:
+    """Put results of a notebook of one's own into the sweep's table; outside a sweep only check that they could be.
 
     Args:
-        values: one column each; the last value counts.
+        values: one column each; the last value counts. Numbers, text, truth values and None; also lists, dictionaries
+            and arrays of these, which the table shows as text.
+
+    Raises:
+        TypeError: naming the first value that is nothing of these.
     """
-    note("record", values=values)
+    note("record", values={name: _plain(name, value) for name, value in values.items()})
+
+
+def _plain(name: str, value: Any) -> Any:
+    """A value as JSON knows it: NumPy's and PyTorch's numbers and arrays are the numbers and lists that they hold."""
+    if value is None or isinstance(value, str | bool | int | float):
+        return value
+    if isinstance(value, Mapping):
+        return {str(key): _plain(f"{name}[{key!r}]", entry) for key, entry in value.items()}
+    if isinstance(value, list | tuple | set | frozenset):
+        return [_plain(f"{name}[{i}]", entry) for i, entry in enumerate(value)]
+    if hasattr(value, "tolist") and not isinstance(value, type):
+        return _plain(name, value.tolist())
+    if isinstance(value, numbers.Real | decimal.Decimal):
+        return float(value)
+    raise TypeError(
+        "record takes numbers, text, truth values and None, and lists, dictionaries and arrays of these; "
+        f"{name} is of type {type(value).__name__}"
+    )
 
 
 class Journal:

@@ -40,7 +40,7 @@ def provenance(task: Task) -> dict[str, Any]:
 def processor() -> str:
     """The name of this machine's processor."""
     cpuinfo = Path("/proc/cpuinfo")
-    lines = cpuinfo.read_text().splitlines() if cpuinfo.exists() else []
+    lines = cpuinfo.read_text(encoding="utf-8", errors="replace").splitlines() if cpuinfo.exists() else []
     names = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
     return names[0] if names else platform.processor() or platform.machine()
 
@@ -57,7 +57,9 @@ def commit() -> str | None:
     commands = (["rev-parse", "--short=12", "HEAD"], ["status", "--porcelain", "samlib"])
     try:
         head, changes = (
-            subprocess.run(["git", "-C", str(PROJECT), *c], capture_output=True, text=True, check=True).stdout.strip()
+            subprocess.run(
+                ["git", "-C", str(PROJECT), *c], capture_output=True, encoding="utf-8", check=True
+            ).stdout.strip()
             for c in commands
         )
     except (OSError, subprocess.CalledProcessError):

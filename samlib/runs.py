@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import io
 import json
@@ -89,7 +90,7 @@ class RunStore:
         path: the folder; created when first written to.
 
     Raises:
-        StoreError: if the path is a file or cannot be written.
+        StoreError: if the path is a file or cannot be created. A store that cannot be written can be read.
     """
 
     def __init__(self, path: str | os.PathLike[str]) -> None:
@@ -97,30 +98,43 @@ class RunStore:
             raise StoreError("store '' is not a folder; give its path")
         self.path = Path(path)
         try:
-            if (self.path.exists() or self.path.is_symlink()) and not self.path.is_dir():
+            if self.path.is_dir():  # that it cannot be written matters when something is to be
+                return
+            if self.path.exists() or self.path.is_symlink():
                 raise StoreError(f"store {self.path} is a file; give a folder")
-            existing = next(p for p in (self.path, *self.path.absolute().parents) if p.exists())
+            existing = next(p for p in self.path.absolute().parents if p.exists())
             probe = existing / f".samlib-{os.getpid()}"
             probe.touch()
             probe.unlink()
         except OSError as error:
-            raise StoreError(f"store {self.path} is not writable ({error.strerror}); give another folder") from None
+            raise self._unwritable(error) from None
+
+    def _unwritable(self, error: OSError) -> StoreError:
+        return StoreError(f"store {self.path} is not writable ({error.strerror}); give another folder")
 
     def folder(self, run_id: str) -> Path:
         return self.path / run_id
 
     @contextmanager
     def lock(self, run_id: str) -> Iterator[None]:
-        """Hold a run for this process; another process that asks for it waits. A killed process lets go."""
+        """Hold a run for this process; another process that asks for it waits. A killed process lets go.
+
+        Raises:
+            StoreError: if the store cannot be written.
+        """
         locks = self.path / ".locks"
-        locks.mkdir(parents=True, exist_ok=True)
         lock = filelock.FileLock(locks / run_id)
         try:
+            locks.mkdir(parents=True, exist_ok=True)
             lock.acquire(timeout=0)
         except filelock.Timeout:
             warnings.warn(f"another process is training run {run_id}; waiting for it", stacklevel=3)
             lock.acquire()
+        except OSError as error:
+            raise self._unwritable(error) from None
         try:
+            if self.folder(run_id).exists() and not os.access(self.folder(run_id), os.W_OK):
+                raise self._unwritable(PermissionError(errno.EACCES, os.strerror(errno.EACCES)))
             for part in self.folder(run_id).glob("*.part"):  # what a killed process was writing
                 part.unlink(missing_ok=True)
             yield
@@ -133,9 +147,9 @@ class RunStore:
         if not (folder / "status.json").exists():
             return None
         try:
-            status = json.loads((folder / "status.json").read_text())
+            status = json.loads((folder / "status.json").read_text(encoding="utf-8"))
             content = (folder / "measurements.parquet").read_bytes()
-            config = stored_config(json.loads((folder / "config.json").read_text()))
+            config = stored_config(json.loads((folder / "config.json").read_text(encoding="utf-8")))
             path = (folder / "path.parquet").read_bytes() if status.get("path") else b""
             if _checksum(content + path, status["outcome"], status["provenance"]) != status["sha256"]:
                 raise ValueError("measurements.parquet, path.parquet or status.json does not match the checksum")
@@ -145,9 +159,8 @@ class RunStore:
             steps = pd.read_parquet(io.BytesIO(path)) if path else None
             return Run(run_id, config, measurements, status["outcome"], status["provenance"], steps)
         except (FileNotFoundError, ValueError, KeyError, TypeError) as error:
-            aside = self._set_aside(folder)
             reason = "; ".join(explain(error)) if isinstance(error, ValidationError) else error
-            warnings.warn(f"record of run {run_id} is damaged ({reason}); set aside as {aside}", stacklevel=2)
+            warnings.warn(f"record of run {run_id} is damaged ({reason}); {self._set_aside(folder)}", stacklevel=2)
             return None
 
     def save(self, run: Run) -> None:
@@ -172,9 +185,10 @@ class RunStore:
     def adopt(self, runs: Iterable[Run]) -> None:
         """Take over completed runs, published ones say, so that they are not trained again."""
         for run in runs:
-            with self.lock(run.id):
-                if self.load(run.id) is None:
-                    self.save(run)
+            if self.load(run.id) is None:
+                with self.lock(run.id):
+                    if self.load(run.id) is None:
+                        self.save(run)
 
     def save_checkpoint(self, run_id: str, state: dict[str, Any]) -> None:
         """Store what is needed to continue a run: tensors and plain Python values."""
@@ -193,17 +207,19 @@ class RunStore:
         checksum, content = stored[:32], stored[32:]
         if hashlib.sha256(content).digest() == checksum:
             return torch.load(io.BytesIO(content), map_location=device, weights_only=True)
-        aside = self._set_aside(path)
-        warnings.warn(f"checkpoint of run {run_id} is damaged; set aside as {aside}, starting anew", stacklevel=2)
+        warnings.warn(f"checkpoint of run {run_id} is damaged; {self._set_aside(path)}, starting anew", stacklevel=2)
         return None
 
-    def _set_aside(self, path: Path) -> Path:
+    def _set_aside(self, path: Path) -> str:
         number = 1
         while (aside := path.with_name(f"{path.name}.damaged-{number}")).exists():
             number += 1
-        with suppress(FileNotFoundError):  # another process was faster
-            path.rename(aside)
-        return aside
+        try:
+            with suppress(FileNotFoundError):  # another process was faster
+                path.rename(aside)
+        except OSError as error:
+            return f"left where it is ({error.strerror})"
+        return f"set aside as {aside}"
 
 
 def stored_config(settings: dict[str, Any]) -> RunConfig:

@@ -24,14 +24,14 @@ NOTEBOOKS = sorted(path for folder in ("notebooks", "book") for path in (ROOT / 
 
 
 def pinned():
-    lines = (ROOT / "constraints.txt").read_text().splitlines()
+    lines = (ROOT / "constraints.txt").read_text(encoding="utf-8").splitlines()
     return dict(line.lower().replace("_", "-").split("==") for line in lines if "==" in line)
 
 
 def test_every_dependency_is_pinned_within_its_range():
     from packaging.requirements import Requirement
 
-    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
     extras = project["optional-dependencies"]
     for text in [*project["dependencies"], *chain.from_iterable(extras.values())]:
         requirement = Requirement(text)
@@ -40,10 +40,10 @@ def test_every_dependency_is_pinned_within_its_range():
 
 
 def test_conda_and_binder_get_the_pinned_versions():
-    environment = yaml.safe_load((ROOT / "environment.yml").read_text())
+    environment = yaml.safe_load((ROOT / "environment.yml").read_text(encoding="utf-8"))
     [pip] = [entry["pip"] for entry in environment["dependencies"] if isinstance(entry, dict)]
     assert "--constraint constraints.txt" in pip
-    extras = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["optional-dependencies"]
+    extras = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]["optional-dependencies"]
     assert any(
         set(re.findall(r"\w+", line.partition("[")[2])) <= set(extras) for line in pip if line.startswith("--ed")
     )
@@ -60,7 +60,7 @@ def test_notebooks_are_committed_clean_and_valid(path):
 
 
 def test_the_table_of_contents_names_files_that_exist():
-    toc = (ROOT / "_toc.yml").read_text()
+    toc = (ROOT / "_toc.yml").read_text(encoding="utf-8")
     names = [yaml.safe_load(toc)["root"], *re.findall(r"file: (\S+)", toc)]
     for name in names:
         assert (ROOT / f"{name}.md").exists() or (ROOT / f"{name}.ipynb").exists(), name
@@ -103,10 +103,10 @@ def small_book(tmp_path):
         stage = tmp_path / "_build" / "stage"
         shutil.copytree(ROOT / "book" / "_static", stage / "book" / "_static", dirs_exist_ok=True)
         shutil.copy(ROOT / "book" / "references.bib", stage / "book")
-        config = yaml.safe_load((ROOT / "_config.yml").read_text())
-        (stage / "_config.yml").write_text(yaml.safe_dump(config))
-        (stage / "_toc.yml").write_text("format: jb-book\nroot: book/index")
-        (stage / "book" / "index.md").write_text(page)
+        config = yaml.safe_load((ROOT / "_config.yml").read_text(encoding="utf-8"))
+        (stage / "_config.yml").write_text(yaml.safe_dump(config), encoding="utf-8")
+        (stage / "_toc.yml").write_text("format: jb-book\nroot: book/index", encoding="utf-8")
+        (stage / "book" / "index.md").write_text(page, encoding="utf-8")
         _jupyter_book(tmp_path, "html")
 
     return build
@@ -154,14 +154,19 @@ def test_the_book_prints_with_bookmarks_and_mathematics(small_book, tmp_path):
 
 def test_each_fault_of_a_page_is_found_and_nothing_else(tmp_path):
     (tmp_path / "sub").mkdir()
-    (tmp_path / "sub" / "other.html").write_text('<h1 id="there">x</h1><a href="../page.html?q=1#here">back</a>')
+    (tmp_path / "sub" / "other.html").write_text(
+        '<h1 id="there">x</h1><a href="../page.html?q=1#here">back</a>', encoding="utf-8"
+    )
     (tmp_path / "picture.png").touch()
-    (tmp_path / "page.html").write_text("""
+    (tmp_path / "page.html").write_text(
+        """
         <a id="here" href="sub/other.html#there">x</a> <a href="https://example.org/gone">x</a> <a href="#here">x</a>
         <img src="picture.png" alt="a picture"> <svg aria-label="a chart"></svg>
         <svg aria-hidden="true"></svg>
         <a href="sub/other.html#nowhere">x</a> <a href="#nowhere">x</a> <img src="gone.png" alt="gone">
-        <img src="picture.png"> <img src="picture.png" alt=""> <svg></svg>""")
+        <img src="picture.png"> <img src="picture.png" alt=""> <svg></svg>""",
+        encoding="utf-8",
+    )
     assert site.faults(tmp_path) == [
         "page.html: figure without alternative text: img picture.png",
         "page.html: figure without alternative text: svg ",

@@ -14,6 +14,14 @@ def call(*arguments):
     return CliRunner().invoke(app, list(arguments))
 
 
+def with_instead(command, *arguments):
+    """A command with further arguments, without the options for what these give: a setting is given once."""
+    given = {a for a in arguments if a.startswith("--")} - {"--set", "--grid"}
+    given |= {"--" + a.partition("=")[0].replace("_", "-") for a in arguments if "=" in a}
+    kept = [pair for pair in zip(command[2::2], command[3::2], strict=True) if pair[0] not in given]
+    return [*command[:2], *(word for pair in kept for word in pair), *arguments]
+
+
 def test_a_run_prints_a_summary_and_is_found_again(tmp_path):
     store = ["--store", str(tmp_path / "store")]
     first = call(*RUN, *store)
@@ -48,12 +56,12 @@ def test_a_diverged_run_is_not_an_error(tmp_path):
 
 
 def test_a_grid_and_a_time_budget(tmp_path):
-    grid = [*RUN, "--grid", "rho=0,0.1", "--grid", "seed=0,1", "--store", str(tmp_path / "store")]
-    result = call(*grid)
+    store = ["--store", str(tmp_path / "store")]
+    result = call(*with_instead(RUN, "--grid", "rho=0,0.1", "--grid", "seed=0,1"), *store)
     assert result.exit_code == 0
     assert result.output.count("finished") == 4
-    assert "left" not in call(*RUN, "--grid", "rho=0.1,1e-1", "--store", str(tmp_path / "store")).output
-    none = call(*RUN, "--seed", "7", "--time-budget", "0.000001s", "--store", str(tmp_path / "store"))
+    assert "left" not in call(*with_instead(RUN, "--grid", "rho=0.1,1e-1"), *store).output
+    none = call(*RUN, "--seed", "7", "--time-budget", "0.000001s", *store)
     assert none.exit_code == 0
     assert "1 run is left; the same command continues" in none.output
 
@@ -96,7 +104,7 @@ def test_a_grid_and_a_time_budget(tmp_path):
 )
 def test_bad_input_is_named_and_nothing_is_written(arguments, message, tmp_path):
     base = RUN[: RUN.index("--set")]
-    result = call(*base, *arguments, "--store", str(tmp_path / "store"))
+    result = call(*with_instead(base, *arguments), "--store", str(tmp_path / "store"))
     assert result.exit_code == 2, result.output
     assert message in " ".join(result.output.split())
     assert "Traceback" not in result.output

@@ -1,10 +1,14 @@
+import dataclasses
+import errno
 import json
+import threading
+from pathlib import Path
 
 import numpy as np
 import pandas as pd
 import pytest
 
-from samlib import Run, RunConfig, RunStore, published_runs, train
+from samlib import Run, RunConfig, RunStore, published_runs, train, train_grid
 from samlib.runs import StoreError, atomic_write, load_published, publish
 
 from .conftest import small_config, small_language_config
@@ -79,10 +83,30 @@ def test_writes_are_all_or_nothing(tmp_path, monkeypatch):
     def broken(*_):
         raise OSError("no space left on device")
 
-    monkeypatch.setattr("samlib.runs.os.replace", broken)
+    monkeypatch.setattr("samlib.files.os.replace", broken)
     with pytest.raises(OSError, match="no space"):
         atomic_write(path, b"second")
     assert path.read_bytes() == b"first"
+    assert [p.name for p in path.parent.iterdir()] == ["file"]  # nothing of the second is left
+
+
+def test_a_file_written_by_several_at_once_is_whole(tmp_path):
+    path = tmp_path / "file"
+    contents = [bytes([i]) * 100_000 for i in range(8)]
+    started = threading.Barrier(len(contents))
+
+    def write(content):
+        started.wait()
+        for _ in range(20):
+            atomic_write(path, content)
+
+    threads = [threading.Thread(target=write, args=[content]) for content in contents]
+    for thread in threads:
+        thread.start()
+    while any(thread.is_alive() for thread in threads):
+        assert not path.exists() or path.read_bytes() in contents
+    assert path.read_bytes() in contents
+    assert [p.name for p in tmp_path.iterdir()] == ["file"]
 
 
 def test_unusable_stores_are_refused(tmp_path):
@@ -97,6 +121,61 @@ def test_unusable_stores_are_refused(tmp_path):
     assert not (tmp_path / "new").exists()
     RunStore(tmp_path / "new")
     assert not (tmp_path / "new").exists()  # nothing is written before there is something to keep
+
+
+@pytest.fixture
+def closed(store, monkeypatch):
+    """A store with a finished run, a damaged one and a damaged checkpoint, in which nothing can be written.
+
+    For the superuser permissions mean nothing, so the calls that would write are refused themselves.
+    """
+    kept, damaged = train(small_config(), store), train(small_config(seed=1), store)
+    store.save_checkpoint("abc", {"step": 3})
+    for path in (store.folder(damaged.id) / "measurements.parquet", store.folder("abc") / "checkpoint.pt"):
+        path.write_bytes(path.read_bytes()[:-1])
+
+    def refused(*_, **__):
+        raise OSError(errno.EROFS, "Read-only file system")
+
+    for name in ("mkdir", "touch", "rename", "unlink"):
+        monkeypatch.setattr(Path, name, refused)
+    for name in ("open", "rename", "replace", "unlink", "mkdir"):
+        monkeypatch.setattr(f"os.{name}", refused)
+    return store.path, kept, damaged
+
+
+def test_a_store_that_cannot_be_written_can_be_read(closed):
+    path, kept, damaged = closed
+    store = RunStore(path)
+    pd.testing.assert_frame_equal(store.load(kept.id).measurements, kept.measurements)
+    pd.testing.assert_frame_equal(train(small_config(), store).measurements, kept.measurements)
+    assert [run.id for run in train_grid([small_config()], store, jobs=2)] == [kept.id]
+    store.adopt([kept])
+    with pytest.warns(UserWarning, match=r"is damaged .*; left where it is \(Read-only file system\)"):
+        assert store.load(damaged.id) is None
+    with pytest.warns(UserWarning, match=r"checkpoint of run abc is damaged; left where it is"):
+        assert store.load_checkpoint("abc", "cpu") is None
+
+
+def test_a_store_that_cannot_be_written_says_so_when_something_is_to_be(closed):
+    path, kept, _ = closed
+    store = RunStore(path)
+    for write in (
+        lambda: train(small_config(seed=2), store),
+        lambda: train_grid([small_config(), small_config(seed=2)], store, jobs=1),
+        lambda: store.adopt([dataclasses.replace(kept, id="other")]),
+        lambda: store.lock("x").__enter__(),
+    ):
+        with pytest.raises(StoreError, match=rf"store {path} is not writable \(Read-only file system\); give another"):
+            write()
+
+
+def test_a_run_whose_folder_belongs_to_somebody_else_is_not_trained_in_vain(store, monkeypatch):
+    run = train(small_config(), store)
+    (store.folder(run.id) / "status.json").unlink()
+    monkeypatch.setattr("samlib.runs.os.access", lambda path, mode: path != store.folder(run.id))
+    with pytest.raises(StoreError, match=r"is not writable \(Permission denied\)"):
+        train(small_config(), store)
 
 
 def test_publish_merges_and_reads_back(tmp_path):
@@ -141,7 +220,7 @@ def test_files_that_are_not_published_runs_are_refused(tmp_path):
 
 def test_provenance_says_what_a_reader_wants_to_know(store):
     run = train(small_config(), store)
-    about = json.loads((store.folder(run.id) / "status.json").read_text())["provenance"]
+    about = json.loads((store.folder(run.id) / "status.json").read_text(encoding="utf-8"))["provenance"]
     assert about["standin"] is True
     assert about["gradients"] == 2 * 30
     assert about["matvecs"] == run.measurements.matvecs.sum()

@@ -16,7 +16,7 @@ from samlib.site.build import execution_times, notebooks_in
 
 from .conftest import ROOT
 
-CONFIG = yaml.safe_load((ROOT / "_config.yml").read_text())
+CONFIG = yaml.safe_load((ROOT / "_config.yml").read_text(encoding="utf-8"))
 
 
 def test_without_an_address_nothing_depends_on_one():
@@ -25,7 +25,7 @@ def test_without_an_address_nothing_depends_on_one():
     assert not config["html"]["use_repository_button"]
     assert config["sphinx"]["config"]["ogp_site_url"] == ""
     assert "sphinxext.opengraph" in config["sphinx"]["extra_extensions"]
-    assert yaml.safe_load((ROOT / "_config.yml").read_text()) == CONFIG
+    assert yaml.safe_load((ROOT / "_config.yml").read_text(encoding="utf-8")) == CONFIG
 
 
 @pytest.mark.parametrize("given", ["in the configuration", "by GitHub"])

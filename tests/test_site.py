@@ -124,7 +124,7 @@ def test_the_address_of_the_site_leads_to_its_first_page(visit, origin):
 
 
 def test_the_address_of_the_site_is_announced_as_its_first_page_and_asks_for_no_icon():
-    texts = [(SITE / name).read_text() for name in ("index.html", "book/index.html")]
+    texts = [(SITE / name).read_text(encoding="utf-8") for name in ("index.html", "book/index.html")]
     front, first = (BeautifulSoup(text, "html.parser") for text in texts)
     assert front.select_one("link[rel=icon]")["href"].startswith("data:")  # else browsers ask for /favicon.ico
     assert front.title == first.title

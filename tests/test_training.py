@@ -218,7 +218,7 @@ def test_killed_at_random_moments_and_continued_bit_for_bit(config, store):
     for attempt in range(6):
         process = subprocess.Popen(
             [sys.executable, "-c", SCRIPT.format(config=config), str(store.path)],
-            cwd=ROOT, stdout=subprocess.PIPE, text=True,
+            cwd=ROOT, stdout=subprocess.PIPE, encoding="utf-8",
         )  # fmt: skip
         lines = []
         limit = randomness.randint(1, 4) if attempt < 5 else None
@@ -252,7 +252,7 @@ def test_two_processes_asked_for_one_run_train_it_once(store):
     both = [
         subprocess.Popen(
             [sys.executable, "-c", script, str(store.path)],
-            cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True,
+            cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, encoding="utf-8",
         )
         for _ in range(2)
     ]  # fmt: skip

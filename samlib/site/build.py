@@ -6,22 +6,26 @@ import os
 import shutil
 import subprocess
 import sys
+import threading
 import time
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from pathlib import Path
 from typing import Any
 
+import filelock
 import yaml
 
 from ..sweeps.executing import execute
 from ..sweeps.notebooks import parameters
 from . import browser
+from .contents import InvalidBook, check_kernels, documents, notebooks_in, read_config, require
 from .sharing import clean_downloads, configure, files_of_data, stage_card
 
-__all__ = ["BookError", "build", "execution_times", "notebooks_in", "pdf"]
+__all__ = ["BookError", "InvalidBook", "build", "execution_times", "notebooks_in", "pdf"]
 
 
 STATUS = "book/status"  # the notebook about the others
+_NO_CHROMIUM = "printing needs Chromium, and none of its usual names is on the PATH"
 SIDE_BY_SIDE = 2  # notebooks executed at a time: starting kernels and importing takes most of a second build
 
 
@@ -29,48 +33,69 @@ class BookError(Exception):
     """A step of the build that failed; the message says which and why."""
 
 
-def build(root: Path, profile: str = "quick", data: str = "auto") -> Path:
-    """Execute the book's notebooks and build it.
+def build(root: Path, profile: str = "quick", data: str = "auto", printed: bool = False) -> Path:
+    """Execute the book's notebooks and build it. Until the new site is complete, the old one stays.
 
     Args:
         root: the project, with ``_config.yml`` and ``_toc.yml``.
         profile: profile of the live runs in the notebooks.
         data: data policy of the live runs.
+        printed: whether :func:`pdf` is to follow.
 
     Returns:
         The site's first page, ``_build/html/index.html``.
 
     Raises:
+        InvalidBook: if it cannot be built; nothing was executed.
         BookError: if a notebook or the build fails.
     """
+    require()
+    if printed and not browser.chromium():
+        raise InvalidBook(_NO_CHROMIUM)
+    config, pages, names = read_config(root), documents(root / "_toc.yml"), notebooks_in(root / "_toc.yml")
+    check_kernels(root, names)
+    (root / "_build").mkdir(exist_ok=True)
+    with filelock.FileLock(root / "_build" / ".lock"):
+        stage = _stage(root, config, pages)
+        stage_card(stage, config["title"])
+        _execute_all(root, stage, names, {"profile": profile, "data": data, "stage": str(stage)})
+        index = _jupyter_book(root, "html")
+        clean_downloads(root, index.parent, names)
+    return index
+
+
+def _stage(root: Path, config: dict[str, Any], pages: list[Path]) -> Path:
+    """A copy of the book, in which the notebooks are executed."""
     stage = root / "_build" / "stage"
     shutil.rmtree(stage, ignore_errors=True)
-    for part in ("book", "notebooks"):
-        shutil.copytree(root / part, stage / part, ignore=shutil.ignore_patterns(".ipynb_checkpoints"))
+    stage.mkdir(parents=True)
+    for part in dict.fromkeys(["book", "notebooks", *(page.parts[0] for page in pages)]):
+        if (root / part).is_dir():
+            shutil.copytree(root / part, stage / part, ignore=shutil.ignore_patterns(".ipynb_checkpoints"))
+        elif (root / part).is_file():
+            shutil.copy(root / part, stage)
     shutil.copy(root / "_toc.yml", stage)
-    config = configure(yaml.safe_load((root / "_config.yml").read_text()))
+    config = configure(config)
     config["execute"]["execute_notebooks"] = "off"
-    (stage / "_config.yml").write_text(yaml.safe_dump(config, sort_keys=False))
+    (stage / "_config.yml").write_text(yaml.safe_dump(config, sort_keys=False), encoding="utf-8")
+    return stage
 
-    names = notebooks_in(root / "_toc.yml")
-    stage_card(stage, config["title"])
+
+def _execute_all(root: Path, stage: Path, names: list[str], values: dict[str, Any]) -> None:
     print(f"executing {len(names)} notebooks, {SIDE_BY_SIDE} at a time", flush=True)
+    stop = threading.Event()
     with ThreadPoolExecutor(SIDE_BY_SIDE) as pool:
-        values = {"profile": profile, "data": data, "stage": str(stage)}
-        pending = [pool.submit(_execute_page, root, stage, name, values) for name in names if name != STATUS]
+        pending = [pool.submit(_execute_page, root, stage, name, values, stop) for name in names if name != STATUS]
         try:
             for future in as_completed(pending):
                 print(future.result(), flush=True)
             if STATUS in names:  # last: it shows how long the others took
                 print(_execute_page(root, stage, STATUS, values), flush=True)
+        except BaseException:
+            stop.set()  # one failed: the others need not go on
+            raise
         finally:
             pool.shutdown(cancel_futures=True)
-
-    shutil.rmtree(root / "_build" / "html", ignore_errors=True)  # pages and files of earlier builds
-    _jupyter_book(root, "html")
-    index = root / "_build" / "html" / "index.html"
-    clean_downloads(root, index.parent, names)
-    return index
 
 
 def pdf(root: Path) -> Path:
@@ -86,12 +111,13 @@ def pdf(root: Path) -> Path:
         BookError: if there is no Chromium, or the build fails.
     """
     if not browser.chromium():
-        raise BookError("printing needs Chromium, and none of its usual names is on the PATH")
-    _jupyter_book(root, "singlehtml")
-    pages = root / "_build" / "singlehtml"
+        raise BookError(_NO_CHROMIUM)
+    pages = _jupyter_book(root, "singlehtml").parent
     # Sphinx puts the page where the first chapter lies, with addresses as seen from the top.
     page_file = pages / "index.html"
-    page_file.write_text((pages / "book" / "index.html").read_text().replace('"book/index.html#', '"#'))
+    page_file.write_text(
+        (pages / "book" / "index.html").read_text(encoding="utf-8").replace('"book/index.html#', '"#'), encoding="utf-8"
+    )
     target = root / "_build" / "book.pdf"
     with browser.launch() as chromium:
         page = chromium.new_page(color_scheme="light")
@@ -104,25 +130,22 @@ def pdf(root: Path) -> Path:
     return target
 
 
-def _jupyter_book(root: Path, builder: str) -> None:
+def _jupyter_book(root: Path, builder: str) -> Path:
     """Build the staged book. Warnings are errors: a broken reference or a missing image must not reach a reader."""
-    program = str(Path(sys.executable).with_name("jupyter-book"))
-    command = [program, "build", str(root / "_build" / "stage"), "--path-output", str(root), "--builder", builder]
-    done = subprocess.run([*command, "--all", "-W", "-n", "--keep-going", "--quiet"], cwd=root)
-    if done.returncode or not any((root / "_build" / builder).rglob("index.html")):
+    # By its module: the program of that name may lie elsewhere, or belong to another environment.
+    program = [sys.executable, "-c", "from jupyter_book.cli.main import main; main()"]
+    fresh = root / "_build" / "fresh"
+    command = ["build", str(root / "_build" / "stage"), "--path-output", str(fresh), "--builder", builder]
+    command += ["--all", "-W", "-n", "--keep-going", "--quiet"]
+    shutil.rmtree(fresh, ignore_errors=True)
+    done = subprocess.run([*program, *command], cwd=root, env={**os.environ, "PYTHONUTF8": "1"})
+    made, target = fresh / "_build" / builder, root / "_build" / builder
+    if done.returncode or not any(made.rglob("index.html")):
         raise BookError("jupyter-book failed; its messages are above")
-
-
-def notebooks_in(toc: Path) -> list[str]:
-    """The notebooks that a table of contents names, without extension, in reading order."""
-
-    def files(node: Any) -> list[str]:
-        if isinstance(node, dict):
-            own = [node[key] for key in ("root", "file") if key in node]
-            return own + [f for value in node.values() for f in files(value)]
-        return [f for item in node for f in files(item)] if isinstance(node, list) else []
-
-    return [name for name in files(yaml.safe_load(toc.read_text())) if (toc.parent / f"{name}.ipynb").exists()]
+    shutil.rmtree(target, ignore_errors=True)
+    made.rename(target)
+    shutil.rmtree(fresh)
+    return target / "index.html"
 
 
 def execution_times(stage: Path, names: list[str]) -> dict[str, float]:
@@ -138,9 +161,11 @@ def execution_times(stage: Path, names: list[str]) -> dict[str, float]:
     return times
 
 
-def _execute_page(root: Path, stage: Path, name: str, values: dict[str, Any]) -> str:
+def _execute_page(
+    root: Path, stage: Path, name: str, values: dict[str, Any], stop: threading.Event | None = None
+) -> str:
     started = time.monotonic()
-    _execute(root, root / f"{name}.ipynb", stage / f"{name}.ipynb", values)
+    _execute(root, root / f"{name}.ipynb", stage / f"{name}.ipynb", values, stop)
     _hide_injected_parameters(stage / f"{name}.ipynb")
     files_of_data(stage, name)
     return f"executed {name} in {time.monotonic() - started:.0f} s"
@@ -157,12 +182,14 @@ def _hide_injected_parameters(path: Path) -> None:
     nbformat.write(notebook, path)
 
 
-def _execute(root: Path, source: Path, target: Path, values: dict[str, Any]) -> None:
+def _execute(
+    root: Path, source: Path, target: Path, values: dict[str, Any], stop: threading.Event | None = None
+) -> None:
     """Execute one notebook; pass those values that it has parameters for."""
     known = parameters(source) or {}
     chosen = {name: value for name, value in values.items() if name in known}
     # Notebooks beside each other share the cores out; threads that compete for one stall each other.
     env = {"OMP_NUM_THREADS": str(max(1, (os.cpu_count() or 1) // SIDE_BY_SIDE))}
-    done = execute(source, target, chosen, root, target.with_suffix(".log"), env=env)
+    done = execute(source, target, chosen, root, target.with_suffix(".log"), env=env, stop=stop)
     if done.outcome != "finished":
         raise BookError(f"{source.name} {done.outcome}:\n{done.error}")

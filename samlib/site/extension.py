@@ -35,7 +35,7 @@ def faults(site: Path) -> list[str]:
     A figure without alternative text; a link, picture or script inside of the site that leads nowhere. Sphinx checks
     the links and pictures of MyST; these may also come from raw HTML and from the outputs of notebooks.
     """
-    pages = {path.resolve(): BeautifulSoup(path.read_text(), "html.parser") for path in _pages(site)}
+    pages = {path.resolve(): BeautifulSoup(path.read_text(encoding="utf-8"), "html.parser") for path in _pages(site)}
     anchors = {
         path: {tag[key] for key in ("id", "name") for tag in page.select(f"[{key}]")} for path, page in pages.items()
     }
@@ -89,10 +89,11 @@ def _lead_in(app: Any, error: Exception | None) -> None:
     if error or app.builder.name != "html":
         return
     first, folder = f"{app.config.master_doc}.html", Path(app.outdir)
-    head = BeautifulSoup((folder / first).read_text(), "html.parser").head
+    head = BeautifulSoup((folder / first).read_text(encoding="utf-8"), "html.parser").head
     assert head is not None
     about = "\n".join(map(str, head.select("title, meta[charset], meta[name=description], meta[property]")))
-    (folder / "index.html").write_text(f"""<!DOCTYPE html>
+    (folder / "index.html").write_text(
+        f"""<!DOCTYPE html>
 <html lang="en">
 <head>
 {about}
@@ -101,7 +102,9 @@ def _lead_in(app: Any, error: Exception | None) -> None:
 </head>
 <body><p><a href="{first}">To the first page</a></p></body>
 </html>
-""")
+""",
+        encoding="utf-8",
+    )
 
 
 def _finish(app: Any, error: Exception | None) -> None:
@@ -120,7 +123,9 @@ def _finish(app: Any, error: Exception | None) -> None:
     for source_map in static.rglob("*.map"):
         source_map.unlink()  # of the theme's scripts, for its developers
     # 1.5 MB on every page, to draw a few icons that the theme's style sheet also has as a font.
-    (static / "scripts" / "fontawesome.js").write_text("// The icons come from the font in ../vendor/fontawesome.\n")
+    (static / "scripts" / "fontawesome.js").write_text(
+        "// The icons come from the font in ../vendor/fontawesome.\n", encoding="utf-8"
+    )
     if app.builder.name == "singlehtml":
         return  # one long page for printing, whose links `samlib.site.build.pdf` mends
     for fault in faults(Path(app.outdir)):

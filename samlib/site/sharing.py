@@ -58,7 +58,8 @@ def clean_downloads(root: Path, site: Path, names: list[str]) -> None:
 def stage_card(stage: Path, title: str) -> None:
     """Put into a staged book the picture by which other sites announce a link to it."""
     (stage / EXTRA).mkdir(exist_ok=True)
-    (stage / EXTRA / "card.png").write_bytes(card(typical(published_runs("mnist")), title))
+    if runs := published_runs("mnist"):
+        (stage / EXTRA / "card.png").write_bytes(card(typical(runs), title))
 
 
 def files_of_data(stage: Path, name: str) -> None:

@@ -1,6 +1,7 @@
 """Sweeps: one notebook executed with papermill over a grid of parameters, on this machine or on a Ray cluster."""
 
-from .planning import Sweep, SweepError, load, plan, read_config
+from .configuration import SweepError, read_config
+from .planning import Sweep, load, plan
 from .points import Point, Status
 
 __all__ = ["Point", "Status", "Sweep", "SweepError", "load", "plan", "read_config"]

@@ -15,9 +15,9 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, Protocol
 
-from .executing import Workers
 from .planning import Sweep, SweepError
 from .points import Point, Status, execute_point
+from .processes import Workers
 from .progress import Reporter, cores
 
 __all__ = ["Done", "Engine", "Limits", "Local", "Ray", "gpus", "run"]
@@ -176,7 +176,7 @@ def gpus() -> list[str]:
     if visible is not None:
         return [d.strip() for d in visible.split(",") if d.strip() not in ("", "-1")]
     try:
-        listed = subprocess.run(["nvidia-smi", "-L"], capture_output=True, text=True, timeout=30)
+        listed = subprocess.run(["nvidia-smi", "-L"], capture_output=True, encoding="utf-8", timeout=30)
     except (OSError, subprocess.TimeoutExpired):
         return []
     found = [line for line in listed.stdout.splitlines() if line.startswith("GPU ")]

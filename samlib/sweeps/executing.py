@@ -15,9 +15,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from .notebooks import read
+from .notebooks import NotebookError, kernel_of, language_of, read
+from .processes import MARK, Workers, end_marked, start
 
-__all__ = ["Execution", "Workers", "execute", "main"]
+__all__ = ["Execution", "execute", "main"]
 
 _DEAD = 3  # exit code of the process below when its kernel died
 
@@ -49,8 +50,11 @@ def execute(
     env: Mapping[str, str] | None = None,
     stop: threading.Event | None = None,
     workers: Workers | None = None,
+    kernel: str | None = None,
 ) -> Execution:
     """Execute one notebook with papermill in a process of its own, which ends when this one does.
+
+    Unless it finishes, all that its kernel has started ends with it.
 
     Args:
         source: the notebook.
@@ -63,20 +67,27 @@ def execute(
         env: additional environment variables.
         stop: set from another thread to give up.
         workers: where to take the process from; by default it is started now.
+        kernel: the Jupyter kernel; by default the one that the notebook names.
     """
     # A temporary name until it succeeds: papermill writes the output notebook even when its kernel was killed.
     part = target.with_name(f"{target.stem}.part.ipynb")
     paths = {"source": source, "part": part, "cwd": cwd, "log": log}
-    request = {"values": dict(values), "env": dict(env or {}), **{k: str(p.absolute()) for k, p in paths.items()}}
+    mark = os.path.realpath(target)
+    request = {"values": dict(values), "env": {**(env or {}), MARK: mark}, "kernel": kernel}
+    request |= {name: str(path.absolute()) for name, path in paths.items()}
     log.touch()
     before = log.stat().st_size
     started = time.monotonic()
-    process = workers.take() if workers else _start()
+    end_marked(mark)  # what an attempt left that was killed with everything that watched over it
+    process = workers.take() if workers else start()
+    code: int | Literal["timed out", "stopped"] | None = None
     try:
         code = _converse(process, request, timeout, stop)
     finally:
         process.kill()
         process.wait()
+        if code != 0:
+            end_marked(mark)
     seconds = time.monotonic() - started
     if code == 0:
         with part.open("rb") as file:
@@ -119,38 +130,6 @@ def _converse(
             process.stdin.close()
 
 
-class Workers:
-    """Processes that have imported papermill and wait for a notebook, so that the next one need not."""
-
-    def __init__(self) -> None:
-        self._ready: list[subprocess.Popen[bytes]] = []
-        self._closed = False
-
-    def take(self) -> subprocess.Popen[bytes]:
-        """A process, and start its successor."""
-        try:
-            process = self._ready.pop()
-        except IndexError:
-            process = _start()
-        if not self._closed:
-            self._ready.append(_start())
-        return process if process.poll() is None else _start()
-
-    def close(self) -> None:
-        """End those that still wait."""
-        self._closed = True
-        while self._ready:
-            process = self._ready.pop()
-            process.kill()
-            process.communicate()
-
-
-def _start() -> subprocess.Popen[bytes]:
-    # In a session of its own: Ctrl-C is for this process, which then ends the other.
-    command = [sys.executable, "-m", "samlib.sweeps"]
-    return subprocess.Popen(command, stdin=subprocess.PIPE, start_new_session=True)
-
-
 def main() -> int:
     """The other process: execute the notebook that standard input asks for."""
     import papermill
@@ -160,23 +139,23 @@ def main() -> int:
     if not line:  # nothing to do, nobody there any more
         return 0
     request = json.loads(line)
-    threading.Thread(target=_end_with_parent, daemon=True).start()
+    threading.Thread(target=_end_with_parent, args=[request["env"][MARK]], daemon=True).start()
     with open(request["log"], "ab") as log:
         os.dup2(log.fileno(), 1)
         os.dup2(log.fileno(), 2)
+    sys.stderr.reconfigure(encoding="utf-8")  # type: ignore[union-attr]  # as the log is read, whatever the locale
     os.environ.update(request["env"])
     os.chdir(request["cwd"])
 
-    metadata = read(Path(request["source"])).metadata
-    kernel = metadata.get("kernelspec", {}).get("name", "python3")
-    language = None if {"kernelspec", "language_info"} & metadata.keys() else "python"
+    source = Path(request["source"])
     try:
+        kernel, spoken = kernel_of(source, request["kernel"])
         papermill.execute_notebook(
             request["source"],
             request["part"],
             request["values"],
             kernel_name=kernel,
-            language=language,
+            language=None if language_of(read(source)) else spoken,
             progress_bar=False,
             cwd=request["cwd"],
             # All cells are done and all files written: nothing is gained by waiting seconds for PyTorch's teardown.
@@ -185,13 +164,17 @@ def main() -> int:
     except PapermillExecutionError as error:
         print(re.sub(r"\x1b\[[0-9;]*m", "", str(error)), file=sys.stderr)
         return 1
+    except NotebookError as error:
+        print(error, file=sys.stderr)
+        return 1
     except RuntimeError as error:  # also DeadKernelError, and a kernel that dies before it answers
         print(error, file=sys.stderr)
         return _DEAD
     return 0
 
 
-def _end_with_parent() -> None:
-    """The other end of standard input closes when the process that asked is gone; the kernel follows this one."""
+def _end_with_parent(mark: str) -> None:
+    """The other end of standard input closes when the process that asked is gone; all of the notebook's follow."""
     os.read(0, 1)
+    end_marked(mark)
     os._exit(1)

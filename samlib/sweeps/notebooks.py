@@ -1,30 +1,22 @@
-"""What a notebook takes: its parameters, their types and defaults."""
+"""What a notebook takes: its parameters, their kinds and defaults, and the kernel that executes it."""
 
 from __future__ import annotations
 
 import ast
 import hashlib
 import json
-import re
+import os
+import shutil
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import yaml
+from .annotations import annotated, by_default
+from .kinds import ANYTHING, NONE, Kind, union
 
-__all__ = ["NotebookError", "Parameter", "content_hash", "parameters", "read"]
+__all__ = ["NotebookError", "Parameter", "content_hash", "kernel_of", "language_of", "parameters", "read"]
 
-_NOTHING = ("None", "none", "null", "~")
-
-_TRUTH = {"true": True, "yes": True, "1": True, "false": False, "no": False, "0": False}
-
-_ARTICLE = {
-    "float": "a number",
-    "int": "a whole number",
-    "number": "a number",
-    "bool": "true or false",
-    "str": "a text",
-}
+_PYTHON = ("python", "ipython")
 
 
 class NotebookError(ValueError):
@@ -37,102 +29,26 @@ class Parameter:
 
     Attributes:
         name: the variable.
-        kind: "float", "int", "bool", "str", "list", "dict", "number" for a default such as ``3`` without a type, or
-            "" where neither annotation nor default tells.
-        optional: whether None is allowed.
+        kind: what values it takes.
         default: the default, None also where it is not a literal.
         required: whether there is no default.
     """
 
     name: str
-    kind: str
-    optional: bool
-    default: Any
-    required: bool
+    kind: Kind = ANYTHING
+    default: Any = None
+    required: bool = False
 
     def convert(self, value: Any) -> Any:
-        """A value as this parameter's type: what the command line and YAML give as text becomes what it means.
-
-        >>> Parameter("rho", "float", False, 0.1, False).convert("1e-3")
-        0.001
+        """A value as this parameter's kind.
 
         Raises:
             ValueError: naming parameter, value and what is allowed.
         """
-        if self.optional and (value is None or (isinstance(value, str) and value in _NOTHING)):
-            return None
         try:
-            return _CONVERT[self.kind](value)
-        except (ValueError, TypeError, OverflowError, KeyError, AttributeError, yaml.YAMLError):
-            allowed = _ARTICLE.get(self.kind, f"a {self.kind}") + (" or None" if self.optional else "")
-            raise ValueError(f"{self.name} must be {allowed}, got {value!r}") from None
-
-
-def _number(value: Any) -> float:
-    if isinstance(value, bool):
-        raise ValueError
-    return float(value)
-
-
-def _integer(value: Any) -> int:
-    number = _number(value)
-    if number != int(number):
-        raise ValueError
-    return int(value) if isinstance(value, (int, str)) and str(value).lstrip("+-").isdigit() else int(number)
-
-
-def _any_number(value: Any) -> int | float:
-    try:
-        return _integer(value) if not (isinstance(value, str) and re.search(r"[.eE]", value)) else _number(value)
-    except ValueError:
-        return _number(value)
-
-
-def _truth(value: Any) -> bool:
-    return value if isinstance(value, bool) else _TRUTH[value.lower()]
-
-
-def _text(value: Any) -> str:
-    if not isinstance(value, str):
-        raise TypeError
-    return value
-
-
-def _container(kind: type) -> Any:
-    def convert(value: Any) -> Any:
-        value = yaml.safe_load(value) if isinstance(value, str) else value
-        if not isinstance(value, kind):
-            raise TypeError
-        return _floats(value)
-
-    return convert
-
-
-def _anything(value: Any) -> Any:
-    return _floats(yaml.safe_load(value) if isinstance(value, str) else value)
-
-
-def _floats(value: Any) -> Any:
-    """YAML reads ``1e-3`` as a string: make it, and nothing else, the number it means."""
-    if isinstance(value, dict):
-        return {name: _floats(v) for name, v in value.items()}
-    if isinstance(value, list):
-        return [_floats(v) for v in value]
-    if isinstance(value, str) and re.fullmatch(r"[+-]?\d+(\.\d*)?[eE][+-]?\d+", value):
-        return float(value)
-    return value
-
-
-_CONVERT = {
-    "float": _number,
-    "int": _integer,
-    "number": _any_number,
-    "bool": _truth,
-    "str": _text,
-    "list": _container(list),
-    "dict": _container(dict),
-    "": _anything,
-}
+            return self.kind.convert(value)
+        except ValueError as error:
+            raise ValueError(f"{self.name} {error}") from None
 
 
 def parameters(source: Path) -> dict[str, Parameter] | None:
@@ -146,9 +62,7 @@ def parameters(source: Path) -> dict[str, Parameter] | None:
         NotebookError: if the file is not a notebook.
     """
     notebook = read(source)
-    metadata = notebook.metadata
-    language = metadata.get("kernelspec", {}).get("language") or metadata.get("language_info", {}).get("name")
-    if (language or "python").lower() not in ("python", "ipython"):
+    if _language(notebook) not in _PYTHON:
         return None
     cells = [c for c in notebook.cells if "parameters" in c.metadata.get("tags", ())]
     if not cells:
@@ -158,28 +72,72 @@ def parameters(source: Path) -> dict[str, Parameter] | None:
         tree = ast.parse(cells[0].source)
     except SyntaxError as error:
         raise NotebookError(f"{source}: the parameters cell is not plain Python ({error})") from None
-    found = {}
+    found: dict[str, Parameter] = {}
+    aliases: dict[str, ast.expr] = {}  # Activation = Literal["relu", "tanh"]
     for node in tree.body:
         if isinstance(node, ast.AnnAssign) and isinstance(node.target, ast.Name):
-            found[node.target.id] = _parameter(node.target.id, node.annotation, node.value)
+            found[node.target.id] = _parameter(node.target.id, node.annotation, node.value, aliases)
         elif isinstance(node, ast.Assign):
-            found |= {t.id: _parameter(t.id, None, node.value) for t in node.targets if isinstance(t, ast.Name)}
+            names = [t.id for t in node.targets if isinstance(t, ast.Name)]
+            found |= {name: _parameter(name, None, node.value, aliases) for name in names}
+            aliases |= dict.fromkeys(names, node.value)
     return found
 
 
-def _parameter(name: str, annotation: ast.expr | None, value: ast.expr | None) -> Parameter:
+def _parameter(name: str, annotation: ast.expr | None, value: ast.expr | None, aliases: Any) -> Parameter:
     try:
         default = ast.literal_eval(value) if value else None
         none = value is not None and default is None
     except ValueError:
         default, none = None, False
-    text = (ast.unparse(annotation) if annotation else "").strip("'\"").replace("typing.", "")
-    inner = re.sub(r"^Optional\[(.*)\]$|\s*\|\s*None\b|\bNone\s*\|\s*", r"\1", text)
-    kind = inner.partition("[")[0].lower()
-    if kind not in _CONVERT or not kind:
-        kind = type(default).__name__
-        kind = {"tuple": "list", "int": "number", "float": "number"}.get(kind, kind)
-    return Parameter(name, kind if kind in _CONVERT else "", none or inner != text, default, value is None)
+    kind = (annotated(annotation, aliases) if annotation else None) or by_default(default)
+    return Parameter(name, union(kind, NONE) if none else kind, default, value is None)
+
+
+def kernel_of(source: Path, wanted: str | None = None) -> tuple[str, str]:
+    """The kernel to execute a notebook with: the wanted one, else the one that it names, else one of its language.
+
+    Returns:
+        Its name and its language.
+
+    Raises:
+        NotebookError: if it is not installed, or its program is gone; the message says which are there.
+    """
+    from jupyter_client.kernelspec import KernelSpecManager, NoSuchKernel
+
+    notebook, manager = read(source), KernelSpecManager()
+    name: str | None = wanted or notebook.metadata.get("kernelspec", {}).get("name")
+    if not name:
+        language = _language(notebook)
+        name = "python3" if language in _PYTHON else _speaking(manager, language)
+    try:
+        spec = manager.get_kernel_spec(name) if name else None
+    except NoSuchKernel:
+        spec = None
+    if not name or spec is None:
+        there = ", ".join(sorted(manager.find_kernel_specs())) or "none"
+        what = f"the kernel {name}" if name else f"a kernel for {_language(notebook)}"
+        raise NotebookError(f"{source}: {what} is not installed here; there are {there}; choose one with --kernel")
+    program = spec.argv[0] if spec.argv else ""
+    if os.path.isabs(program) and not shutil.which(program):
+        raise NotebookError(f"{source}: the kernel {name} starts {program}, and there is no such program here")
+    return name, spec.language
+
+
+def language_of(notebook: Any) -> str | None:
+    """The language that a notebook names, if it does."""
+    about = notebook.metadata
+    return about.get("kernelspec", {}).get("language") or about.get("language_info", {}).get("name")
+
+
+def _language(notebook: Any) -> str:
+    return (language_of(notebook) or "python").lower()
+
+
+def _speaking(manager: Any, language: str) -> str | None:
+    """An installed kernel for a language, if there is one."""
+    specs = manager.get_all_specs().items()
+    return next((name for name, about in sorted(specs) if about["spec"].get("language", "").lower() == language), None)
 
 
 def content_hash(source: Path) -> str:

@@ -17,24 +17,16 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-import yaml
+import filelock
 
 from ..files import atomic_write
-from .notebooks import NotebookError, Parameter, content_hash, parameters
-from .points import Point, Status, has_result, status_of
+from .configuration import SweepError
+from .notebooks import NotebookError, Parameter, content_hash, kernel_of, parameters
+from .points import COLUMNS, Point, Status, has_result, status_of
 
-__all__ = ["Sweep", "SweepError", "load", "plan", "read_config"]
+__all__ = ["Sweep", "SweepError", "load", "plan"]
 
 _VERSION = 1
-
-_RANGES = ("linspace", "logspace", "geomspace")  # as NumPy defines them
-
-
-class SweepError(ValueError):
-    """A request that cannot be carried out; one line per problem."""
-
-    def __init__(self, *problems: str) -> None:
-        super().__init__("\n".join(problems))
 
 
 @dataclass(frozen=True)
@@ -48,6 +40,7 @@ class Sweep:
         cwd: the kernels' working folder.
         store: whether each point gets ``store=<out>/runs``.
         points: what to execute.
+        kernel: the kernel that was asked for; None for the notebook's own.
     """
 
     notebook: Path
@@ -56,6 +49,7 @@ class Sweep:
     cwd: Path
     store: bool
     points: tuple[Point, ...]
+    kernel: str | None = None
 
     @functools.cached_property
     def swept(self) -> list[str]:
@@ -82,25 +76,35 @@ class Sweep:
         Raises:
             SweepError: if the folder holds another sweep or something else.
         """
-        if (self.out / "sweep.json").exists():
-            there = load(self.out)
-            if there.digest != self.digest:
-                difference = f"of another notebook, or of another version of {there.notebook.name}"
-            elif {p.id for p in there.points} != {p.id for p in self.points}:
-                difference = f"of {len(there.points)} other points"
-            else:
-                return
-            raise SweepError(f"--out {self.out} holds a sweep {difference}; give another folder")
+        if not (self.out / "sweep.json").exists():
+            self._create()
+        there = load(self.out)
+        if there.digest != self.digest:
+            difference = f"of another notebook, or of another version of {there.notebook.name}"
+        elif {p.id for p in there.points} != {p.id for p in self.points}:
+            difference = f"of {len(there.points)} other points"
+        elif there.kernel != self.kernel:
+            difference = f"with {there.kernel or 'the kernel that the notebook names'} as its kernel"
+        else:
+            return
+        raise SweepError(f"--out {self.out} holds a sweep {difference}; give another folder")
+
+    def _create(self) -> None:
         if self.out.exists() and not self.out.is_dir():
             raise SweepError(f"--out {self.out} is a file; give a folder")
         # What a sweep killed while it was being created may have left does not count.
-        strangers = [f.name for f in self.out.iterdir() if f.suffix != ".part"] if self.out.exists() else []
-        if set(strangers) - {"notebook.ipynb"}:
+        ours = ("notebook.ipynb", ".lock")
+        there = [f.name for f in self.out.iterdir()] if self.out.exists() else []
+        strangers = [name for name in there if name not in ours and not name.endswith(".part")]
+        if strangers and not (self.out / "sweep.json").exists():
             raise SweepError(f"--out {self.out} holds other files ({strangers[0]}); give a new or an empty folder")
         plan = asdict(self) | {"version": _VERSION, "notebook": str(self.notebook), "cwd": str(self.cwd)}
         plan.pop("out")  # the folder may move
-        atomic_write(self.out / "notebook.ipynb", self.notebook.read_bytes())
-        atomic_write(self.out / "sweep.json", json.dumps(plan, indent=1).encode())
+        self.out.mkdir(parents=True, exist_ok=True)
+        with filelock.FileLock(self.out / ".lock"):  # the same sweep may be started several times at once
+            if not (self.out / "sweep.json").exists():
+                atomic_write(self.out / "notebook.ipynb", self.notebook.read_bytes())
+                atomic_write(self.out / "sweep.json", json.dumps(plan, indent=1).encode())
 
 
 def plan(
@@ -109,6 +113,7 @@ def plan(
     settings: Mapping[str, Any] | None = None,
     grid: Mapping[str, Sequence[Any]] | None = None,
     points: Sequence[Mapping[str, Any]] | None = None,
+    kernel: str | None = None,
 ) -> Sweep:
     """Validate a sweep; nothing is written and no kernel starts.
 
@@ -118,6 +123,7 @@ def plan(
         settings: parameters that all points share.
         grid: values of the parameters to combine.
         points: an explicit list of points; with a grid, each is combined with every point of the grid.
+        kernel: the Jupyter kernel to execute it with; by default the one that the notebook names.
 
     Raises:
         SweepError: with all problems at once.
@@ -125,6 +131,7 @@ def plan(
     notebook, out = Path(notebook), Path(out)
     try:
         known, digest = parameters(notebook), content_hash(notebook)
+        kernel_of(notebook, kernel)
     except NotebookError as error:
         raise SweepError(str(error)) from None
     if known == {}:
@@ -139,6 +146,11 @@ def plan(
     twice = (settings.keys() & grid.keys()) | (settings.keys() & listed) | (grid.keys() & listed)
     problems += [f"{n} is given twice; let it stand in one of settings, grid and points" for n in sorted(twice)]
 
+    problems += [
+        f"{name} is a column that the table of every sweep has; give the parameter another name in the notebook"
+        for name in COLUMNS
+        if name in {*settings, *grid, *listed}
+    ]
     # Each value is converted once, before the product repeats it.
     shared = _convert(settings, known, problems)
     axes = [[_convert({name: value}, known, problems) for value in values] for name, values in grid.items()]
@@ -159,7 +171,7 @@ def plan(
     if problems:
         raise SweepError(*problems)
     own_store = known is not None and "store" in known and not any("store" in p for p in combined)
-    return Sweep(notebook.absolute(), digest, out.absolute(), Path.cwd(), own_store, tuple(made))
+    return Sweep(notebook.absolute(), digest, out.absolute(), Path.cwd(), own_store, tuple(made), kernel)
 
 
 def _convert(params: Mapping[str, Any], known: dict[str, Parameter] | None, problems: list[str]) -> dict[str, Any]:
@@ -169,7 +181,7 @@ def _convert(params: Mapping[str, Any], known: dict[str, Parameter] | None, prob
         if known is not None and name not in known:
             problems.append(f"{name} is not a parameter of the notebook; there are {', '.join(known)}")
             continue
-        parameter = known[name] if known is not None else Parameter(name, "", True, None, False)
+        parameter = known[name] if known is not None else Parameter(name)
         try:
             values[name] = parameter.convert(value)
         except ValueError as error:
@@ -199,6 +211,8 @@ def _bad_runs(points: Sequence[Mapping[str, Any]], known: dict[str, Parameter]) 
     defaults = {name: parameter.default for name, parameter in known.items()}
     problems: dict[str, None] = {}
     for point in points:
+        twice = [name for name in point.get("settings") or {} if name in point]
+        problems |= dict.fromkeys(f"{name} is given twice, by itself and in settings; give it once" for name in twice)
         try:
             RunConfig(**of_notebook({**defaults, **point}))
         except ValidationError as error:
@@ -210,72 +224,6 @@ def _identity(digest: str, params: Mapping[str, Any]) -> str:
     return hashlib.sha256(json.dumps([digest, params], sort_keys=True).encode()).hexdigest()[:16]
 
 
-def read_config(path: str | os.PathLike[str]) -> dict[str, Any]:
-    """A YAML file with ``set``, ``grid``, ``ranges`` and ``points`` as the arguments of :func:`plan`.
-
-    Ranges become part of the grid: ``ranges: {rho: {logspace: [-2, 0, 5]}}`` is NumPy's ``logspace(-2, 0, 5)``;
-    likewise ``linspace`` and ``geomspace``.
-
-    Raises:
-        SweepError: if the file cannot be read or is not of this form.
-    """
-    path = Path(path)
-    try:
-        content = yaml.safe_load(path.read_text())
-    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
-        reason = " ".join(str(error).split())
-        raise SweepError(f"--config {path} is not a readable YAML file: {reason}") from None
-    form = {"set": dict, "grid": dict, "ranges": dict, "points": list}
-    if not isinstance(content, dict) or not content:
-        raise SweepError(f"--config {path} must hold some of {', '.join(form)}")
-    problems = [f"--config {path}: {k} is unknown; there are {', '.join(form)}" for k in content.keys() - form.keys()]
-    for name, kind in form.items():
-        if name in content and not isinstance(content[name], kind):
-            wanted = "a list" if kind is list else "names with values"
-            problems.append(f"--config {path}: {name} must be {wanted}, got {content[name]!r}")
-    if problems:
-        raise SweepError(*problems)
-    grid, points = {}, content.get("points")
-    for name, values in content.get("grid", {}).items():
-        if not isinstance(values, list):
-            problems.append(f"--config {path}: grid of {name} must be a list, got {values!r}")
-        grid[str(name)] = values
-    for name, spec in content.get("ranges", {}).items():
-        try:
-            values = _range(spec)
-        except (ValueError, TypeError):
-            problems.append(
-                f"--config {path}: range of {name} must be one of {', '.join(_RANGES)} with [start, stop, count], "
-                f"got {spec!r}"
-            )
-            continue
-        if name in grid:
-            problems.append(f"--config {path}: {name} stands in both grid and ranges; let it stand in one")
-        grid[str(name)] = values
-    problems += [
-        f"--config {path}: a point must be names with values, got {p!r}" for p in points or () if not _named(p)
-    ]
-    if problems:
-        raise SweepError(*problems)
-    return {"settings": content.get("set", {}), "grid": grid, "points": points}
-
-
-def _named(point: Any) -> bool:
-    return isinstance(point, dict) and bool(point) and all(isinstance(name, str) for name in point)
-
-
-def _range(spec: Any) -> list[float]:
-    import numpy as np
-
-    [(kind, arguments)] = spec.items() if isinstance(spec, dict) else [(None, None)]
-    if kind not in _RANGES or not isinstance(arguments, list):
-        raise ValueError
-    start, stop, count = arguments
-    if isinstance(count, bool) or not isinstance(count, int):
-        raise TypeError
-    return [float(v) for v in getattr(np, kind)(float(start), float(stop), count)]
-
-
 def load(out: str | os.PathLike[str]) -> Sweep:
     """The sweep of a folder.
 
@@ -284,13 +232,16 @@ def load(out: str | os.PathLike[str]) -> Sweep:
     """
     out = Path(out).absolute()
     try:
-        content = json.loads((out / "sweep.json").read_text())
+        content = json.loads((out / "sweep.json").read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise SweepError(f"{out} holds no sweep (no sweep.json); give the folder of a sweep") from None
     except (OSError, ValueError) as error:
         raise SweepError(f"{out / 'sweep.json'} cannot be read ({error})") from None
-    if content.pop("version", None) != _VERSION:
+    if not isinstance(content, dict) or content.pop("version", None) != _VERSION:
         raise SweepError(f"{out} was written by another version of samlib; sweep into a new folder")
-    points = tuple(Point(**point) for point in content.pop("points"))
-    notebook, cwd = Path(content.pop("notebook")), Path(content.pop("cwd"))
-    return Sweep(notebook=notebook, out=out, cwd=cwd, points=points, **content)
+    try:
+        points = tuple(Point(**point) for point in content.pop("points"))
+        notebook, cwd = Path(content.pop("notebook")), Path(content.pop("cwd"))
+        return Sweep(notebook=notebook, out=out, cwd=cwd, points=points, **content)
+    except (KeyError, TypeError) as error:
+        raise SweepError(f"{out / 'sweep.json'} cannot be read ({error})") from None

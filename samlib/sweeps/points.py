@@ -14,15 +14,17 @@ import filelock
 
 from ..files import atomic_write
 from ..journal import PROGRESS, Journal, append
-from .executing import Workers, execute
+from .executing import execute
+from .processes import Workers
 
 if TYPE_CHECKING:
     from .planning import Sweep
 
 
-__all__ = ["RESULTS", "Point", "Status", "execute_point", "has_result", "status_of"]
+__all__ = ["COLUMNS", "RESULTS", "Point", "Status", "execute_point", "has_result", "status_of"]
 
 RESULTS = ("finished", "diverged")  # outcomes that are not executed again
+COLUMNS = ("point", "outcome", "run_id", "seconds", "notebook")  # of the table, whatever the notebook takes and records
 
 
 @dataclass(frozen=True)
@@ -60,7 +62,7 @@ class Status:
 
 def status_of(folder: Path) -> Status | None:
     try:
-        return Status(**json.loads((folder / "status.json").read_text()))
+        return Status(**json.loads((folder / "status.json").read_text(encoding="utf-8")))
     except (OSError, ValueError, TypeError):
         return None
 
@@ -145,6 +147,7 @@ def _execute(
             env={**env, PROGRESS: str(progress)},
             stop=stop,
             workers=workers,
+            kernel=sweep.kernel,
         )
         if done.outcome == "stopped":
             return None

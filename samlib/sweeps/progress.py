@@ -55,7 +55,9 @@ class Reporter:
         from rich.console import Console
         from rich.progress import BarColumn, Progress, TextColumn
 
-        columns = (TextColumn("{task.description}"), BarColumn(20), TextColumn("{task.fields[at]}"))
+        # A list among the parameters is no markup.
+        texts = [TextColumn(f"{{task.{of}}}", markup=False) for of in ("description", "fields[at]")]
+        columns = (texts[0], BarColumn(20), texts[1])
         with Progress(*columns, console=Console(stderr=True)) as self._bars:
             self._overall = self._bars.add_task("all points", total=len(self.todo), at="")
             yield

@@ -1,26 +1,28 @@
-"""The results of a sweep: one tidy table, heatmaps over the swept parameters, and a page that shows both."""
+"""The report of a sweep: its table as files, heatmaps over the swept parameters, and a page that shows both."""
 
 from __future__ import annotations
 
 import html
+import importlib.metadata
 import io
-import math
 import os
+import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import filelock
 import numpy as np
 import pandas as pd
 
 from ..files import atomic_write
 from .executing import execute
-from .planning import Sweep, load
-from .points import RESULTS, Point, Status
+from .planning import load
+from .points import COLUMNS, RESULTS
+from .table import table
 
 if TYPE_CHECKING:
     from ..figures import Figure
-    from ..runs import RunStore
 
 __all__ = ["ReportError", "axes", "heatmap", "heatmaps", "links", "report", "table"]
 
@@ -31,54 +33,10 @@ _MEASURED = {
     "loss": "Training loss at the end",
     "test_metric": "Test error, or test loss of the language model",
 }
-_FIXED = ("point", "outcome", "run_id", "operator_norm", "seconds", "notebook")
 
 
 class ReportError(Exception):
     """A report that could not be made: points without a result, or a page that failed; the message says which."""
-
-
-def table(folder: str | os.PathLike[str]) -> pd.DataFrame:
-    """One row per point, in the order of the sweep.
-
-    Columns: ``point``; each parameter that was given; ``outcome``; ``run_id``; ``loss``, ``operator_norm``,
-    ``edge_ratio`` and ``test_metric`` of the run's last measurement; ``edge_ratio_late``, the median edge ratio over
-    the last half of training; what the notebook recorded with :func:`samlib.journal.record`; ``seconds`` of wall time;
-    ``notebook``, the executed notebook's path within the folder. A point that trained several runs has all their ids
-    and no measurements.
-
-    Raises:
-        SweepError: if the folder holds no sweep.
-    """
-    sweep = load(folder)
-    store = None
-    if any(status and status.runs for status in map(sweep.status, sweep.points)):
-        from ..runs import RunStore
-
-        store = RunStore(sweep.out / "runs")
-    return pd.DataFrame([_row(sweep, point, store) for point in sweep.points])
-
-
-def _row(sweep: Sweep, point: Point, store: RunStore | None) -> dict[str, Any]:
-    status = sweep.status(point) or Status("missing", seconds=math.nan)
-    row = {"point": point.id, **point.params, "outcome": status.outcome, "run_id": " ".join(status.runs)}
-    if status.outcome in RESULTS and len(status.runs) == 1 and store:
-        folder = Path(point.params["store"]) if "store" in point.params else None
-        row |= _measurements(type(store)(sweep.cwd / folder) if folder else store, status.runs[0])
-    executed = sweep.out / point.id / "executed.ipynb"
-    shown = f"{point.id}/executed.ipynb" if status.outcome in RESULTS and executed.exists() else ""
-    return row | status.values | {"seconds": status.seconds, "notebook": shown}
-
-
-def _measurements(store: RunStore, run_id: str) -> dict[str, Any]:
-    run = store.load(run_id)
-    if run is None:
-        return {}
-    rows, last = run.measurements, run.last
-    late = rows.loc[rows.step >= last.step / 2, "edge_ratio"] if "edge_ratio" in rows else pd.Series(dtype=float)
-    names = ("loss", "operator_norm", "edge_ratio", "test_metric")
-    values = {name: float(last.get(name, math.nan)) for name in names}
-    return values | {"edge_ratio_late": float(late.median()) if run.outcome == "finished" else math.nan}
 
 
 def report(folder: str | os.PathLike[str], allow_partial: bool = False) -> pd.DataFrame:
@@ -106,14 +64,14 @@ def report(folder: str | os.PathLike[str], allow_partial: bool = False) -> pd.Da
             "run the sweep's command again, or report what there is with --allow-partial"
         )
     buffer = io.BytesIO()
-    plain = frame.map(lambda v: str(v) if isinstance(v, (list, dict)) else v)
-    plain.to_parquet(buffer, index=False)
+    frame.to_parquet(buffer, index=False)
     atomic_write(folder / "table.parquet", buffer.getvalue())
-    atomic_write(folder / "table.csv", plain.to_csv(index=False).encode())
-    done = execute(_PAGE, folder / "report.ipynb", {"folder": str(folder)}, folder, folder / "report.log")
-    if done.outcome != "finished":
-        raise ReportError(f"the report's notebook {done.outcome}:\n{done.error}")
-    _write_html(folder / "report.ipynb")
+    atomic_write(folder / "table.csv", frame.to_csv(index=False).encode())
+    with filelock.FileLock(folder / ".lock"):
+        done = execute(_PAGE, folder / "report.ipynb", {"folder": str(folder)}, folder, folder / "report.log")
+        if done.outcome != "finished":
+            raise ReportError(f"the tables are written, but the report's notebook {done.outcome}:\n{done.error}")
+        _write_html(folder / "report.ipynb")
     return frame
 
 
@@ -130,9 +88,18 @@ def _write_html(notebook: Path) -> None:
         "mathjax_url": "",
         "mermaid_js_url": "",
     }
-    exporter = HTMLExporter(config=Config(TagRemovePreprocessor=removed, HTMLExporter=offline))
+    # nbconvert looks for its templates beside the interpreter only, and among the folders of the working folder: in an
+    # environment on top of another one they are where nbconvert is.
+    files = importlib.metadata.files("nbconvert") or []
+    found = {f.locate().parents[1] for f in files if f.name == "conf.json" and "templates" in f.parts}  # type: ignore
+    templates = [str(path) for path in found]
+    exporter = HTMLExporter(
+        config=Config(TagRemovePreprocessor=removed, HTMLExporter=offline),
+        extra_template_basedirs=templates,
+        extra_template_paths=templates,
+    )
     page, _ = exporter.from_notebook_node(nbformat.read(notebook, as_version=4), {"metadata": {"name": "Sweep"}})
-    atomic_write(notebook.with_suffix(".html"), page.encode())
+    atomic_write(notebook.with_suffix(".html"), page.encode("utf-8", "backslashreplace"))
 
 
 def axes(frame: pd.DataFrame, folder: str | os.PathLike[str]) -> list[str]:
@@ -144,11 +111,12 @@ def axes(frame: pd.DataFrame, folder: str | os.PathLike[str]) -> list[str]:
 
 def heatmaps(frame: pd.DataFrame, over: Sequence[str]) -> list[Figure]:
     """A heatmap of each measured or recorded quantity over the first two of the swept parameters."""
-    known = {*_FIXED, *over}
-    numeric = [c for c in frame.select_dtypes("number") if c not in known and c not in _MEASURED]
-    recorded = [c for c in numeric if frame[c].nunique() > 1 and list(frame).index(c) > list(frame).index("outcome")]
-    shown = [c for c in (*_MEASURED, *recorded) if c in frame and frame[c].notna().any()]
-    return [heatmap(frame, str(column), over) for column in shown]
+    results = [str(c) for c in list(frame)[list(frame).index("outcome") :] if c not in COLUMNS]
+    numeric = [c for c in results if c in frame.select_dtypes("number")]
+    measured = [c for c in _MEASURED if c in numeric and frame[c].notna().any()]
+    known = {"operator_norm", *_MEASURED}
+    recorded = [c for c in numeric if c not in known and frame[c].nunique() > 1]
+    return [heatmap(frame, column, over) for column in measured + recorded]
 
 
 def heatmap(frame: pd.DataFrame, column: str, over: Sequence[str]) -> Figure:
@@ -159,56 +127,60 @@ def heatmap(frame: pd.DataFrame, column: str, over: Sequence[str]) -> Figure:
         column: what to show.
         over: the swept parameters; the first runs across, the second up.
     """
-    import matplotlib as mpl
-    import seaborn as sns
-
     from ..figures import drawing
 
     across, up = over[0], over[1] if len(over) > 1 else None
-    further = list(over[2:])
-    part = frame.assign(_across=_ordered(frame[across]), _up=_ordered(frame[up]) if up else "")
-    values = part.pivot_table(index="_up", columns="_across", values=column, aggfunc="median", dropna=False)
-    diverged = part[part.outcome == "diverged"].groupby(["_up", "_across"]).size()
-    opens = part[part.notebook != ""].groupby(["_up", "_across"]).notebook.first()
-    title = _MEASURED.get(column, column)
-    centre = 1.0 if column.startswith("edge_ratio") else None
+    # Under names of our own: those of the table may be any.
+    part = pd.DataFrame({"across": _ordered(frame[across]), "up": _ordered(frame[up]) if up else ""})
+    part = part.assign(value=frame[column].astype(float), outcome=frame.outcome, notebook=frame.notebook)
+    values = part.pivot_table(index="up", columns="across", values="value", aggfunc="median", dropna=False)
+    diverged = part[part.outcome == "diverged"].groupby(["up", "across"]).size()
+    opens = part[part.notebook != ""].groupby(["up", "across"]).notebook.first()
+    title, centred = _MEASURED.get(column, column), column in ("edge_ratio", "edge_ratio_late")
     grid = values.to_numpy(float)
     flat = grid[np.isfinite(grid)]
-    low, high = (float(flat.min()), float(flat.max())) if len(flat) else (0.0, 1.0)
-    if centre:  # as far on either side, so that white is the edge
-        reach = max(abs(high - 1), abs(1 - low), 0.05)
-        low, high = 1 - reach, 1 + reach
 
     def draw(canvas: Any) -> pd.DataFrame:
         axis = canvas.subplots()
-        norm = mpl.colors.Normalize(low, high)
-        if not centre and low > 0 and high / low > 30:
-            norm = mpl.colors.LogNorm(low, high)
-        palette = sns.color_palette("vlag" if centre else "crest", as_cmap=True)
-        axis.pcolormesh(grid, cmap=palette, norm=norm, edgecolors="none")
+        colours = _colours(flat, centred)
+        axis.pcolormesh(grid, cmap=colours.cmap, norm=colours.norm, edgecolors="none")
         for (i, j), value in np.ndenumerate(grid):
             place = (values.index[i], values.columns[j])
-            text, colour = "diverged" if place in diverged else "–", mpl.rcParams["text.color"]
-            if np.isfinite(value):
-                text, colour = f"{value:.3g}", "black" if sum(palette(norm(value))[:3]) > 1.6 else "white"
+            text, colour = "diverged" if place in diverged else "–", None
+            if not np.isnan(value):
+                text, colour = f"{value:.3g}", "black" if sum(colours.to_rgba(value)[:3]) > 1.6 else "white"
             url = opens.get(place)
             axis.text(j + 0.5, i + 0.5, text, ha="center", va="center", color=colour, url=url, fontsize=9)
-        axis.set_xticks([j + 0.5 for j in range(len(values.columns))], [_plain(v) for v in values.columns])
-        axis.set_yticks([i + 0.5 for i in range(len(values.index))], [_plain(v) for v in values.index])
+        axis.set_xticks([j + 0.5 for j in range(len(values.columns))], [_label(v) for v in values.columns])
+        axis.set_yticks([i + 0.5 for i in range(len(values.index))], [_label(v) for v in values.index])
         axis.tick_params(length=0)
-        axis.set(xlabel=across, ylabel=up or "", title=title)
+        axis.set(xlabel=_label(across), ylabel=_label(up or ""), title=_label(title, 80))
         axis.grid(False)
         return frame[[*dict.fromkeys([*over, column])]]
 
     size = (1.6 + 0.85 * max(3, len(values.columns)), 1.1 + 0.45 * max(1, len(values.index)))
     where = across + (f" and {up}" if up else "")
     extremes = f", from {flat.min():.3g} to {flat.max():.3g}" if len(flat) else ""
-    note = f" Medians over {', '.join(further)}." if further else ""
-    note += " A number opens the notebook of its point." if len(opens) else ""
-    if centre:
-        note += " White is the edge of stability."
-    caption = f"{title} over {html.escape(where)}.{note}"
-    return drawing(draw, size, column, f"Heatmap of {title[0].lower()}{title[1:]} over {where}{extremes}", caption)
+    caption = html.escape(f"{title} over {where}.")
+    caption += html.escape(f" Medians over {', '.join(over[2:])}.") if over[2:] else ""
+    caption += " A number opens the notebook of its point." if len(opens) else ""
+    caption += " White is the edge of stability." if centred else ""
+    alt = f"Heatmap of {title[:1].lower()}{title[1:]} over {where}{extremes}"
+    return drawing(draw, size, re.sub(r"\W", "_", column), alt, caption)
+
+
+def _colours(values: np.ndarray, centred: bool) -> Any:
+    """What colour a value has; where 1 is the edge, as far on either side, so that it is white."""
+    import matplotlib as mpl
+    import matplotlib.cm
+    import seaborn as sns
+
+    low, high = (float(values.min()), float(values.max())) if len(values) else (0.0, 1.0)
+    if centred:
+        reach = max(abs(high - 1), abs(1 - low), 0.05)
+        low, high = 1 - reach, 1 + reach
+    scale = mpl.colors.LogNorm if not centred and low > 0 and high / low > 30 else mpl.colors.Normalize
+    return mpl.cm.ScalarMappable(scale(low, high), sns.color_palette("vlag" if centred else "crest", as_cmap=True))
 
 
 def _ordered(values: pd.Series) -> pd.Series:
@@ -220,6 +192,16 @@ def _plain(value: Any) -> str:
     return f"{value:g}" if isinstance(value, float) else str(value)
 
 
+def _label(value: Any, length: int = 40) -> str:
+    """A value beside an axis: in one line, not too long, and a dollar is no mathematics."""
+    return _short(_plain(value), length).replace("$", r"\$")
+
+
+def _short(text: str, length: int) -> str:
+    line = " ".join(text.split())
+    return line if len(line) <= length else line[: length - 1] + "…"
+
+
 def links(frame: pd.DataFrame, over: Sequence[str]) -> Any:
     """The table for a page: swept parameters and results, numbers short, each point linked to its notebook."""
     shared = [name for name in list(frame)[1 : list(frame).index("outcome")] if name not in over]
@@ -228,6 +210,10 @@ def links(frame: pd.DataFrame, over: Sequence[str]) -> Any:
         f'<a href="{notebook}">{point}</a>' if notebook else point
         for point, notebook in zip(frame.point, frame.notebook, strict=True)
     ]
-    caption = ", ".join(f"{name} = {html.escape(str(frame[name].iloc[0]))}" for name in shared)
-    styled = shown.style.hide().format(lambda v: f"{v:.4g}", subset=list(shown.select_dtypes("number")), na_rep="–")
+    numbers = list(shown.select_dtypes("number"))
+    words = [name for name in shown if name not in {"point", *numbers}]
+    styled = shown.style.hide().format(lambda v: f"{v:.4g}", subset=numbers, na_rep="–")
+    styled = styled.format(lambda v: html.escape(_short(str(v), 80)), subset=words, na_rep="–")
+    styled = styled.format_index(lambda name: html.escape(str(name)), axis="columns")
+    caption = ", ".join(html.escape(f"{name} = {frame[name].iloc[0]}") for name in shared)
     return styled.set_caption(f"The same for all points: {caption}") if caption else styled

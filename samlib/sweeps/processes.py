@@ -1,0 +1,71 @@
+"""The processes that execute notebooks: started ahead of time, and ended with all that they started."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from contextlib import suppress
+from typing import Any
+
+__all__ = ["MARK", "Workers", "end_marked", "start"]
+
+MARK = "SAMLIB_NOTEBOOK"  # in the environment of a kernel and all that it starts: the notebook being executed
+
+
+class Workers:
+    """Processes that have imported papermill and wait for a notebook, so that the next one need not."""
+
+    def __init__(self) -> None:
+        self._ready: list[subprocess.Popen[bytes]] = []
+        self._closed = False
+
+    def take(self) -> subprocess.Popen[bytes]:
+        """A process, and start its successor."""
+        try:
+            process = self._ready.pop()
+        except IndexError:
+            process = start()
+        if not self._closed:
+            self._ready.append(start())
+        return process if process.poll() is None else start()
+
+    def close(self) -> None:
+        """End those that still wait."""
+        self._closed = True
+        while self._ready:
+            process = self._ready.pop()
+            process.kill()
+            process.communicate()
+
+
+def start() -> subprocess.Popen[bytes]:
+    """A process that waits for a notebook."""
+    # In a session of its own: Ctrl-C is for this process, which then ends the other.
+    command = [sys.executable, "-m", "samlib.sweeps"]
+    return subprocess.Popen(command, stdin=subprocess.PIPE, start_new_session=True)
+
+
+def end_marked(mark: str) -> None:
+    """End all processes with a mark: a kernel and what it started, also if the kernel itself is dead already.
+
+    Process groups would not do: who starts a server or a launcher of its own often gives it a group of its own.
+    """
+    import psutil
+
+    def mark_of(process: Any) -> str | None:
+        try:
+            return process.environ().get(MARK)
+        except (psutil.Error, OSError):  # of another user, or gone
+            return None
+
+    for _ in range(20):  # what is being ended may just have started another
+        found = [
+            process for process in psutil.process_iter() if mark_of(process) == mark and process.pid != os.getpid()
+        ]
+        if not found:
+            return
+        for process in found:
+            with suppress(psutil.Error):
+                process.kill()
+        psutil.wait_procs(found, timeout=1)
