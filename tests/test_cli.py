@@ -83,7 +83,7 @@ def test_a_grid_and_a_time_budget(tmp_path):
         (["--set", "examples=1e9"], "asked for 1000000000 training examples"),
         (["--set", "experiment=cifar10"], "the experiment is the first argument"),
         (["--grid", "device=cpu,tpu"], "device must be 'cpu' or 'cuda'"),
-        (["--set", "heads=3"], "heads belongs to the experiment shakespeare; leave it out for experiment mnist"),
+        (["--set", "heads=3"], "heads belongs to the experiment shakespeare"),
         (["--set", "strength"], "--set takes NAME=VALUE, got 'strength'"),
         (["--rule", "mas"], "rule must be one of sam, usam"),
         (["--base", "lion"], "base must be one of sgd, adam, got 'lion'"),

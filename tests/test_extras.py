@@ -39,7 +39,7 @@ def wheel(tmp_path_factory):
         source.mkdir(exist_ok=True)
         copy(ROOT / part, source / part)
     command = [sys.executable, "-m", "pip", "wheel", "--quiet", "--no-deps", "--wheel-dir", str(folder), str(source)]
-    done = subprocess.run(command, capture_output=True, text=True)
+    done = subprocess.run(command, capture_output=True, text=True, encoding="utf-8")
     if done.returncode:
         pytest.skip(f"no wheel could be built here: {done.stderr.strip().splitlines()[-1]}")
     [path] = folder.glob("*.whl")
@@ -67,7 +67,7 @@ def python(code, folder, cwd, packages=None):
     paths = [str(folder), *([str(packages)] if packages else [])]
     program = f"import sys; sys.path[:0] = {paths}\n{code}"
     command = [sys.executable, *(["-S"] if packages else []), "-c", program]
-    return subprocess.run(command, cwd=cwd, capture_output=True, text=True)
+    return subprocess.run(command, cwd=cwd, capture_output=True, text=True, encoding="utf-8")
 
 
 def test_the_core_works_with_pytorch_and_numpy_alone(wheel, core, tmp_path):

@@ -242,7 +242,7 @@ def own_file(monkeypatch, tmp_path, text, name="esol"):
     """Make a set consist of one file with this text."""
     path = tmp_path / "mine/moleculenet/own.csv"
     path.parent.mkdir(parents=True)
-    path.write_text(text)
+    path.write_text(text, encoding="utf-8")
     checksum = hashlib.sha256(text.encode()).hexdigest()
     files = (RemoteFile("moleculenet/own.csv", "sha256", checksum, ("http://127.0.0.1:9/x",)),)
     monkeypatch.setitem(SOURCES, name, dataclasses.replace(SOURCES[name], files=files))
@@ -309,7 +309,7 @@ def test_the_fingerprint_is_that_of_the_molecules_targets_and_split(monkeypatch,
 
 def test_a_missing_or_damaged_file_is_named(monkeypatch, tmp_path):
     path = own_file(monkeypatch, tmp_path, table(CHAINS))
-    path.write_text("smiles,a\nC,1\n")
+    path.write_text("smiles,a\nC,1\n", encoding="utf-8")
     with pytest.raises(DataError, match=r"cannot load esol: .*own\.csv is damaged \(sha256 [0-9a-f]+, expected"):
         load_molecules("esol", policy="real")
     path.unlink()
@@ -376,7 +376,7 @@ def test_bad_requests_are_named():
 @pytest.mark.usefixtures("real_data")
 @pytest.mark.parametrize(("name", "molecules"), [("esol", 1128), ("bbbp", 2039), ("freesolv", 642)])
 def test_real_sets_are_split_by_scaffold(name, molecules):
-    with (REAL_DATA / f"moleculenet/{name}.csv").open() as file:
+    with (REAL_DATA / f"moleculenet/{name}.csv").open(encoding="utf-8") as file:
         _, *rows = csv.reader(file)
     graphs = parse([row[0] for row in rows])
     assert len(graphs) == molecules

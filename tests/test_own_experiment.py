@@ -33,7 +33,7 @@ TASK = textwrap.dedent(
 @pytest.fixture
 def own(tmp_path):
     path = tmp_path / "my_task.py"
-    path.write_text(TASK)
+    path.write_text(TASK, encoding="utf-8")
     return path
 
 
@@ -71,10 +71,10 @@ def test_its_source_and_its_data_enter_the_identity_and_its_folder_does_not(own,
     first = identity(own)
     elsewhere = tmp_path / "elsewhere" / own.name
     elsewhere.parent.mkdir()
-    elsewhere.write_text(TASK)
+    elsewhere.write_text(TASK, encoding="utf-8")
     assert identity(elsewhere) == first
     assert identity(own, noise=0.2) != first
-    own.write_text(TASK.replace("Tanh", "ReLU"))
+    own.write_text(TASK.replace("Tanh", "ReLU"), encoding="utf-8")
     assert identity(own) != first
 
 
@@ -116,7 +116,7 @@ def test_a_function_of_a_module(own, tmp_path, monkeypatch):
 def test_bad_files_are_named_and_nothing_is_written(change, message, tmp_path):
     path = tmp_path / "my_task.py"
     if change is not None:
-        path.write_text(change)
+        path.write_text(change, encoding="utf-8")
     result = call("run", path, "--learning-rate", 0.1, "--rho", 0.05, "--store", tmp_path / "runs")
     assert result.exit_code == 2, result.output
     assert message in " ".join(result.output.split())

@@ -37,7 +37,7 @@ NORMED = textwrap.dedent(
 @pytest.fixture
 def normed(tmp_path):
     path = tmp_path / "normed.py"
-    path.write_text(NORMED)
+    path.write_text(NORMED, encoding="utf-8")
 
     def config(**settings):
         usual = {"learning_rate": 0.1, "rho": 0.05, "steps": 20, "measure_every": 5, "batch_size": 16}
