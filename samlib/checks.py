@@ -23,7 +23,7 @@ __all__ = ["examine"]
 Combine = Callable[[list[Tensor], list[int]], Tensor]
 
 REENTRANT = "torch.utils.checkpoint with use_reentrant=True (pass use_reentrant=False)"
-RANDOM = "so the loss is not a function of the parameters; call model.eval() first"
+NO_FUNCTION = "so the loss is not a function of the parameters"
 
 
 def examine(objective: Objective) -> list[float] | None:
@@ -100,10 +100,12 @@ def _trace(objective: Objective, params: Tensor, chunk: Chunk) -> _Trace:
     drew = random_state(layout.device) != state
     if moved:
         module = describe(model, model.get_submodule(moved[0].rpartition(".")[0]))
-        raise ValueError(f"{module}, and evaluating the loss moves {_some(moved)}, {RANDOM}")
+        raise ValueError(f"{module}, and evaluating the loss moves {_some(moved)}, {NO_FUNCTION}; {_remedy(model)}")
     if drew:
-        subject = who_draws(objective, params, chunk)
-        raise ValueError(f"{subject} draws random numbers, {RANDOM}, or pass check=False if they have no effect")
+        raise ValueError(
+            f"{who_draws(objective, params, chunk)} draws random numbers, {NO_FUNCTION}; {_remedy(model)}, or pass "
+            "check=False if they have no effect"
+        )
     if any(isinstance(t, Tensor) and t._version for t in pytree.tree_leaves(inputs)):
         raise ValueError("the forward pass writes into its inputs; let the first operation not be one in place")
     _check_scalar(loss)
@@ -152,11 +154,12 @@ def _look_again(
 ) -> None:
     """Evaluate the first chunk once more, in two parts if there are others, and with other values of the parameters on
     which the loss does not depend."""
-    whole, parts, outputs = first, [first], trace.outputs
+    whole, parts, outputs, expected = first, [first], trace.outputs, trace.loss
     if second and joinable:
         whole, parts = _in_two(first, second)
     if whole is not first:
         outputs = objective.forward(params, whole.inputs)
+        expected = objective.within(params, lambda: objective.loss(outputs, whole.targets))
     moved = params.clone()
     for name in trace.hidden:
         moved[objective.slices[name]] *= 1.1
@@ -165,8 +168,10 @@ def _look_again(
     def same(w: Tensor, parts: list[Chunk]) -> bool:
         again = [objective.forward(w, p.inputs) for p in parts]
         together = concatenate(again, [p.size for p in parts]) if len(parts) > 1 else again[0]
-        losses = objective.within(w, lambda: [objective.loss(o, whole.targets) for o in (outputs, together)])
-        return _close(outputs, together) and _close(*losses) and (whole is not first or _close(trace.loss, losses[1]))
+        loss = objective.within(w, lambda: objective.loss(together, whole.targets))
+        return _close(loss, expected) and (
+            bool(trace.hidden) or _close(together, outputs)
+        )  # others may depend on those
 
     if same(moved, parts):
         return
@@ -182,7 +187,10 @@ def _look_again(
             f"outputs depend on which other examples are in the chunk (batch statistics? {'; '.join(using)}), so the "
             "loss does not add up; call model.eval(), or leave chunk_size out"
         )
-    raise ValueError(f"the loss has two values at the same w: something is random or keeps a state, {RANDOM}")
+    raise ValueError(
+        f"the loss has two values at the same w: something is random or keeps a state, {NO_FUNCTION}; "
+        f"{_remedy(objective.model)}"
+    )
 
 
 def _in_two(first: Chunk, second: Chunk) -> tuple[Chunk, list[Chunk]]:
@@ -211,7 +219,7 @@ def _in_parts(objective: Objective, params: Tensor, losses: list[Tensor], combin
         if chunk.size == 1:  # nothing to see
             continue
         halves = _halves(chunk)
-        parts = [objective.part(params, half) for half in halves]
+        parts = [objective.chunk_loss(params, half) for half in halves]
         if not _close(combine(parts, [h.size for h in halves]), loss):
             return False
     return True
@@ -245,6 +253,10 @@ def _close(a: Any, b: Any) -> bool:
             if not torch.allclose(x, y, rtol=0, atol=torch.finfo(x.dtype).eps ** 0.5 * size, equal_nan=True):
                 return False
     return True
+
+
+def _remedy(model: nn.Module) -> str:
+    return "call model.eval() first" if any(m.training for m in model.modules()) else "replace it"
 
 
 def _some(names: list[str]) -> str:

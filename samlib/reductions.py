@@ -157,10 +157,15 @@ class Reduction:
         together, both = self._gradient(*beside, sum(sizes))
         a, exact = self._factor(both[: rows.size], rows.gradient)
         b: float | None = None
+        exact &= a > 1000 * self._eps
         if gradient.isfinite().all() and gradient.any():
             b, also = self._factor(both[rows.size :], gradient)
             parts = torch.stack([a * rows.loss, b * loss]).double()
-            exact &= also and bool((together - parts.sum()).abs() <= 1000 * self._eps * parts.abs().sum())
+            exact &= (
+                also
+                and b > 1000 * self._eps
+                and bool((together - parts.sum()).abs() <= 1000 * self._eps * parts.abs().sum())
+            )
         self.losses.append(loss)
         self._compared.append(_Comparison(a, b, exact))
 
