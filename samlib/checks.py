@@ -58,11 +58,11 @@ def examine(objective: Objective) -> list[float] | None:
         for chunk in chunks:
             outputs = objective.forward(params, chunk.inputs)
             objective.within(params, lambda c=chunk, o=outputs: reduction.add(o, c.targets, c.size))  # type: ignore[misc]
-            second = second or chunk
+            second = second or (chunk, outputs)
             prints.append(_fingerprint(chunk, objective))
         objective.data.total = sum(reduction.examples)
         ordered = not objective.data.streamed or _same_data(objective, prints)
-        _look_again(objective, params, trace, first, second, reduction.joinable)
+        _look_again(objective, params, trace, first, second if reduction.joinable else None)
         shares = reduction.shares(lambda combine: _in_parts(objective, params, reduction.losses, combine))
         if shares and not ordered:
             raise ValueError(f"the batches come in another order on each pass, but weigh differently; {SAME_DATA}")
@@ -150,58 +150,61 @@ def _hidden(model: nn.Module, outputs: Any, loss: Tensor, leaves: dict[str, Tens
 
 
 def _look_again(
-    objective: Objective, params: Tensor, trace: _Trace, first: Chunk, second: Chunk | None, joinable: bool
+    objective: Objective, params: Tensor, trace: _Trace, first: Chunk, second: tuple[Chunk, Any] | None
 ) -> None:
-    """Evaluate the first chunk once more, in two parts if there are others, and with other values of the parameters on
-    which the loss does not depend."""
-    whole, parts, outputs, expected = first, [first], trace.outputs, trace.loss
-    if second and joinable:
-        whole, parts = _in_two(first, second)
-    if whole is not first:
-        outputs = objective.forward(params, whole.inputs)
-        expected = objective.within(params, lambda: objective.loss(outputs, whole.targets))
+    """Evaluate the first chunk once more, in another partition if there are others, and with other values of the
+    parameters on which the loss does not depend."""
     moved = params.clone()
     for name in trace.hidden:
         moved[objective.slices[name]] *= 1.1
         moved[objective.slices[name]] += 0.1
 
-    def same(w: Tensor, parts: list[Chunk]) -> bool:
+    def same(w: Tensor, parts: list[Chunk], targets: Any, outputs: Any, expected: Tensor) -> bool:
         again = [objective.forward(w, p.inputs) for p in parts]
         together = concatenate(again, [p.size for p in parts]) if len(parts) > 1 else again[0]
-        loss = objective.within(w, lambda: objective.loss(together, whole.targets))
+        loss = objective.within(w, lambda: objective.loss(together, targets))
         return _close(loss, expected) and (
             bool(trace.hidden) or _close(together, outputs)
         )  # others may depend on those
 
-    if same(moved, parts):
+    known = first.targets, trace.outputs, trace.loss
+    parts = [first]
+    other = _other_partition(objective, params, trace, first, second) if second else (parts, *known)
+    if same(moved, *other):
         return
-    if trace.hidden and same(params, parts):
+    if not same(params, parts, *known):
+        raise ValueError(
+            f"the loss has two values at the same w: something is random or keeps a state, {NO_FUNCTION}; "
+            f"{_remedy(objective.model)}"
+        )
+    if same(params, *other):
         raise ValueError(
             f"the loss depends on {_some(trace.hidden)}, but autograd does not see how; look for detach(), .data, "
             f"no_grad and {REENTRANT}; freeze what is meant to be constant with requires_grad_(False)"
         )
-    if len(parts) > 1 and same(params, [whole]):
-        norms = [m for m in objective.model.modules() if isinstance(m, nn.modules.batchnorm._NormBase)]
-        using = [describe(objective.model, m) for m in norms if m.training or not m.track_running_stats]
-        raise ValueError(
-            f"outputs depend on which other examples are in the chunk (batch statistics? {'; '.join(using)}), so the "
-            "loss does not add up; call model.eval(), or leave chunk_size out"
-        )
+    norms = [m for m in objective.model.modules() if isinstance(m, nn.modules.batchnorm._NormBase)]
+    using = [describe(objective.model, m) for m in norms if m.training or not m.track_running_stats]
     raise ValueError(
-        f"the loss has two values at the same w: something is random or keeps a state, {NO_FUNCTION}; "
-        f"{_remedy(objective.model)}"
+        f"outputs depend on which other examples are in the chunk (batch statistics? {'; '.join(using)}), so the loss "
+        "does not add up; call model.eval(), or leave chunk_size out"
     )
 
 
-def _in_two(first: Chunk, second: Chunk) -> tuple[Chunk, list[Chunk]]:
-    """Some examples, and the same in two parts."""
+def _other_partition(
+    objective: Objective, params: Tensor, trace: _Trace, first: Chunk, second: tuple[Chunk, Any]
+) -> tuple[list[Chunk], Any, Any, Tensor]:
+    """Examples in another partition than before; their targets, and what outputs and loss are to be expected."""
     if first.size > 1:
-        return first, _halves(first)
+        return _halves(first), first.targets, trace.outputs, trace.loss
+    chunk, more = second
+    sizes = [1, chunk.size]
+    pairs = [first.inputs, chunk.inputs], [first.targets, chunk.targets], [trace.outputs, more]
     try:
-        inputs, targets = (concatenate([a, b], [1, second.size]) for a, b in zip(first[:2], second[:2], strict=True))
+        inputs, targets, outputs = (concatenate(pair, sizes) for pair in pairs)
     except ValueError:  # of different shapes: they never meet
-        return first, [first]
-    return Chunk(inputs, targets, 1 + second.size), [first, second]
+        return [first], first.targets, trace.outputs, trace.loss
+    loss = objective.within(params, lambda: objective.loss(outputs, targets))
+    return [Chunk(inputs, targets, sum(sizes))], targets, outputs, loss
 
 
 def _halves(chunk: Chunk) -> list[Chunk]:
