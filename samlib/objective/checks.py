@@ -23,7 +23,7 @@ __all__ = ["examine"]
 Combine = Callable[[list[Tensor], list[int]], Tensor]
 
 REENTRANT = "torch.utils.checkpoint with use_reentrant=True (pass use_reentrant=False)"
-RANDOM = "so the loss is not a function of the parameters; call model.eval() first"
+NO_FUNCTION = "so the loss is not a function of the parameters"
 
 
 def examine(objective: Objective) -> list[float] | None:
@@ -58,11 +58,11 @@ def examine(objective: Objective) -> list[float] | None:
         for chunk in chunks:
             outputs = objective.forward(params, chunk.inputs)
             objective.within(params, lambda c=chunk, o=outputs: reduction.add(o, c.targets, c.size))  # type: ignore[misc]
-            second = second or chunk
+            second = second or (chunk, outputs)
             prints.append(_fingerprint(chunk, objective))
         objective.data.total = sum(reduction.examples)
         ordered = not objective.data.streamed or _same_data(objective, prints)
-        _look_again(objective, params, trace, first, second, reduction.joinable)
+        _look_again(objective, params, trace, first, second if reduction.joinable else None)
         shares = reduction.shares(lambda combine: _in_parts(objective, params, reduction.losses, combine))
         if shares and not ordered:
             raise ValueError(f"the batches come in another order on each pass, but weigh differently; {SAME_DATA}")
@@ -100,10 +100,12 @@ def _trace(objective: Objective, params: Tensor, chunk: Chunk) -> _Trace:
     drew = random_state(layout.device) != state
     if moved:
         module = describe(model, model.get_submodule(moved[0].rpartition(".")[0]))
-        raise ValueError(f"{module}, and evaluating the loss moves {_some(moved)}, {RANDOM}")
+        raise ValueError(f"{module}, and evaluating the loss moves {_some(moved)}, {NO_FUNCTION}; {_remedy(model)}")
     if drew:
-        subject = who_draws(objective, params, chunk)
-        raise ValueError(f"{subject} draws random numbers, {RANDOM}, or pass check=False if they have no effect")
+        raise ValueError(
+            f"{who_draws(objective, params, chunk)} draws random numbers, {NO_FUNCTION}; {_remedy(model)}, or pass "
+            "check=False if they have no effect"
+        )
     if any(isinstance(t, Tensor) and t._version for t in pytree.tree_leaves(inputs)):
         raise ValueError("the forward pass writes into its inputs; let the first operation not be one in place")
     _check_scalar(loss)
@@ -148,52 +150,61 @@ def _hidden(model: nn.Module, outputs: Any, loss: Tensor, leaves: dict[str, Tens
 
 
 def _look_again(
-    objective: Objective, params: Tensor, trace: _Trace, first: Chunk, second: Chunk | None, joinable: bool
+    objective: Objective, params: Tensor, trace: _Trace, first: Chunk, second: tuple[Chunk, Any] | None
 ) -> None:
-    """Evaluate the first chunk once more, in two parts if there are others, and with other values of the parameters on
-    which the loss does not depend."""
-    whole, parts, outputs = first, [first], trace.outputs
-    if second and joinable:
-        whole, parts = _in_two(first, second)
-    if whole is not first:
-        outputs = objective.forward(params, whole.inputs)
+    """Evaluate the first chunk once more, in another partition if there are others, and with other values of the
+    parameters on which the loss does not depend."""
     moved = params.clone()
     for name in trace.hidden:
         moved[objective.slices[name]] *= 1.1
         moved[objective.slices[name]] += 0.1
 
-    def same(w: Tensor, parts: list[Chunk]) -> bool:
+    def same(w: Tensor, parts: list[Chunk], targets: Any, outputs: Any, expected: Tensor) -> bool:
         again = [objective.forward(w, p.inputs) for p in parts]
         together = concatenate(again, [p.size for p in parts]) if len(parts) > 1 else again[0]
-        losses = objective.within(w, lambda: [objective.loss(o, whole.targets) for o in (outputs, together)])
-        return _close(outputs, together) and _close(*losses) and (whole is not first or _close(trace.loss, losses[1]))
+        loss = objective.within(w, lambda: objective.loss(together, targets))
+        return _close(loss, expected) and (
+            bool(trace.hidden) or _close(together, outputs)
+        )  # others may depend on those
 
-    if same(moved, parts):
+    known = first.targets, trace.outputs, trace.loss
+    parts = [first]
+    other = _other_partition(objective, params, trace, first, second) if second else (parts, *known)
+    if same(moved, *other):
         return
-    if trace.hidden and same(params, parts):
+    if not same(params, parts, *known):
+        raise ValueError(
+            f"the loss has two values at the same w: something is random or keeps a state, {NO_FUNCTION}; "
+            f"{_remedy(objective.model)}"
+        )
+    if same(params, *other):
         raise ValueError(
             f"the loss depends on {_some(trace.hidden)}, but autograd does not see how; look for detach(), .data, "
             f"no_grad and {REENTRANT}; freeze what is meant to be constant with requires_grad_(False)"
         )
-    if len(parts) > 1 and same(params, [whole]):
-        norms = [m for m in objective.model.modules() if isinstance(m, nn.modules.batchnorm._NormBase)]
-        using = [describe(objective.model, m) for m in norms if m.training or not m.track_running_stats]
-        raise ValueError(
-            f"outputs depend on which other examples are in the chunk (batch statistics? {'; '.join(using)}), so the "
-            "loss does not add up; call model.eval(), or leave chunk_size out"
-        )
-    raise ValueError(f"the loss has two values at the same w: something is random or keeps a state, {RANDOM}")
+    norms = [m for m in objective.model.modules() if isinstance(m, nn.modules.batchnorm._NormBase)]
+    using = [describe(objective.model, m) for m in norms if m.training or not m.track_running_stats]
+    raise ValueError(
+        f"outputs depend on which other examples are in the chunk (batch statistics? {'; '.join(using)}), so the loss "
+        "does not add up; call model.eval(), or leave chunk_size out"
+    )
 
 
-def _in_two(first: Chunk, second: Chunk) -> tuple[Chunk, list[Chunk]]:
-    """Some examples, and the same in two parts."""
+def _other_partition(
+    objective: Objective, params: Tensor, trace: _Trace, first: Chunk, second: tuple[Chunk, Any]
+) -> tuple[list[Chunk], Any, Any, Tensor]:
+    """Examples in another partition than before; their targets, and what outputs and loss are to be expected."""
     if first.size > 1:
-        return first, _halves(first)
+        return _halves(first), first.targets, trace.outputs, trace.loss
+    chunk, more = second
+    sizes = [1, chunk.size]
+    pairs = [first.inputs, chunk.inputs], [first.targets, chunk.targets], [trace.outputs, more]
     try:
-        inputs, targets = (concatenate([a, b], [1, second.size]) for a, b in zip(first[:2], second[:2], strict=True))
+        inputs, targets, outputs = (concatenate(pair, sizes) for pair in pairs)
     except ValueError:  # of different shapes: they never meet
-        return first, [first]
-    return Chunk(inputs, targets, 1 + second.size), [first, second]
+        return [first], first.targets, trace.outputs, trace.loss
+    loss = objective.within(params, lambda: objective.loss(outputs, targets))
+    return [Chunk(inputs, targets, sum(sizes))], targets, outputs, loss
 
 
 def _halves(chunk: Chunk) -> list[Chunk]:
@@ -211,7 +222,7 @@ def _in_parts(objective: Objective, params: Tensor, losses: list[Tensor], combin
         if chunk.size == 1:  # nothing to see
             continue
         halves = _halves(chunk)
-        parts = [objective.part(params, half) for half in halves]
+        parts = [objective.chunk_loss(params, half) for half in halves]
         if not _close(combine(parts, [h.size for h in halves]), loss):
             return False
     return True
@@ -245,6 +256,10 @@ def _close(a: Any, b: Any) -> bool:
             if not torch.allclose(x, y, rtol=0, atol=torch.finfo(x.dtype).eps ** 0.5 * size, equal_nan=True):
                 return False
     return True
+
+
+def _remedy(model: nn.Module) -> str:
+    return "call model.eval() first" if any(m.training for m in model.modules()) else "replace it"
 
 
 def _some(names: list[str]) -> str:

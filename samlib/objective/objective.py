@@ -131,7 +131,7 @@ class Objective:
         """The model's outputs at parameters (P,)."""
         return self.within(params, lambda: apply(self.model, inputs))
 
-    def part(self, params: Tensor, chunk: Chunk) -> Tensor:
+    def chunk_loss(self, params: Tensor, chunk: Chunk) -> Tensor:
         """The loss of some examples."""
         return self.within(params, lambda: self.loss(apply(self.model, chunk.inputs), chunk.targets))
 
@@ -146,7 +146,7 @@ class Objective:
             if params is None:
                 yield self.loss(apply(self.model, chunk.inputs), chunk.targets) * share
             else:
-                yield self.part(params, chunk) * share
+                yield self.chunk_loss(params, chunk) * share
 
     def weighted_chunks(self) -> Iterator[tuple[Chunk, float]]:
         """The examples chunk by chunk, each with its share of the whole loss; those without one are left out."""

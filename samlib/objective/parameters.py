@@ -97,8 +97,8 @@ def _checked(chosen: dict[str, nn.Parameter]) -> tuple[torch.dtype, torch.device
             raise ValueError(f"parameter {name!r} has no values yet; run the model once on an example first")
         if p.dtype not in PRECISE:
             raise ValueError(
-                f"parameter {name!r} is {p.dtype}; derivatives are taken in float32 or float64. Of a model in half "
-                "precision pass a copy, copy.deepcopy(model).float(), with inputs of the same precision"
+                f"parameter {name!r} is {p.dtype}; derivatives are taken in float32 or float64. If a model is in half "
+                "precision, pass a copy, copy.deepcopy(model).float(), with inputs in the same precision"
             )
     kinds = {(p.dtype, p.device) for p in chosen.values()}
     if len(kinds) > 1:

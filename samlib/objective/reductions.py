@@ -65,7 +65,7 @@ class Reduction:
         self._waiting: list[tuple[Any, Any, int]] = []
         self._rows: _Rows | None = None
         self._compared: list[_Comparison] = []
-        self._eps = 0.0
+        self._eps = self._tiny = 0.0  # of the outputs' numbers
 
     def add(self, outputs: Any, targets: Any, size: int) -> None:
         """Another chunk."""
@@ -132,6 +132,7 @@ class Reduction:
         loss = self.loss(pytree.tree_unflatten(leaves, spec), targets)
         gradients = torch.autograd.grad(loss, [leaves[i] for i in free], materialize_grads=True, allow_unused=True)
         self._eps = max(torch.finfo(g.dtype).eps for g in gradients)
+        self._tiny = max(torch.finfo(g.dtype).tiny for g in gradients)
         return loss.detach(), torch.cat([g.reshape(size, -1) for g in gradients], 1).double()
 
     def _few(self, chunk: tuple[Any, Any, int]) -> _Rows | None:
@@ -139,7 +140,8 @@ class Reduction:
         outputs, targets, size = chunk
         concatenate([outputs], [size])
         _, gradient = self._gradient(outputs, targets, size)
-        rows = (gradient.isfinite().all(1) & (gradient != 0).any(1)).nonzero().flatten()[:4]
+        sizes = gradient.norm(dim=1).nan_to_num(0, 0, 0)
+        rows = sizes.topk(min(4, int(sizes.count_nonzero()))).indices
         if not len(rows):
             return None
         outputs, targets = (
@@ -157,18 +159,23 @@ class Reduction:
         together, both = self._gradient(*beside, sum(sizes))
         a, exact = self._factor(both[: rows.size], rows.gradient)
         b: float | None = None
+        exact &= a > 1000 * self._eps
         if gradient.isfinite().all() and gradient.any():
             b, also = self._factor(both[rows.size :], gradient)
             parts = torch.stack([a * rows.loss, b * loss]).double()
-            exact &= also and bool((together - parts.sum()).abs() <= 1000 * self._eps * parts.abs().sum())
+            exact &= (
+                also
+                and b > 1000 * self._eps
+                and bool((together - parts.sum()).abs() <= 1000 * self._eps * parts.abs().sum())
+            )
         self.losses.append(loss)
         self._compared.append(_Comparison(a, b, exact))
 
     def _factor(self, gradient: Tensor, alone: Tensor) -> tuple[float, bool]:
         """The factor from one gradient to another, and whether there is one."""
         factor = float((gradient * alone).sum() / alone.square().sum())
-        exact = float((gradient - factor * alone).norm()) <= 1000 * self._eps * float(gradient.norm())
-        return factor, exact
+        rounding = 1000 * self._eps * float(gradient.norm()) + self._tiny * gradient.numel() ** 0.5
+        return factor, float((gradient - factor * alone).norm()) <= rounding
 
 
 def _mean(losses: list[Tensor], sizes: list[int]) -> Tensor:
