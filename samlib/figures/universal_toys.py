@@ -118,8 +118,8 @@ def drift(table: pd.DataFrame, band: tuple[float, float]) -> Figure:
         f"{k} {v:.2f}" for k, v in means.items()
     )
     caption = (
-        "Slope of the mean tangential update on the gradient of the stated measure, ρ = 0.01, with two standard errors, "
-        "for each seed. The band is that of the claim, for Frobenius. The determinant from few directions leans to "
+        "Slope of the mean tangential update on the gradient of the stated measure at ρ = 0.01, with two standard "
+        "errors, for each seed. The band is that of the claim, for Frobenius. The determinant from few directions leans to "
         "the trace."
     )
     return drawing(draw, (6.6, 0.3 * len(rows) + 1), "drift", alt, caption)
