@@ -119,7 +119,7 @@ def drift(table: pd.DataFrame, band: tuple[float, float]) -> Figure:
     )
     caption = (
         "Slope of the mean tangential update on the gradient of the stated measure at ρ = 0.01, with two standard "
-        "errors, for each seed. The band is that of the claim, for Frobenius. The determinant from few directions leans to "
-        "the trace."
+        "errors, for each seed. The band is that of the claim, for Frobenius. From few directions the determinant "
+        "leans to the trace."
     )
     return drawing(draw, (6.6, 0.3 * len(rows) + 1), "drift", alt, caption)
