@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
+from functools import cache
 from typing import Any
 
 from ..config import RunConfig
@@ -89,6 +90,7 @@ _CLAIMED = (("kinks", 0, 2), ("published", 0, 3), ("table", 0, 5), ("edges", 0, 
 _BESIDE = (("published", 3, 4), ("edges", 6, 7), ("table", 8, 9), ("edges", 7, 9), ("published", 4, 6))
 
 
+@cache
 def _config(kind: str, name: str, seed: int) -> RunConfig:
     given = {"experiment": "mnist", "profile": "reduced", "data": "real", "device": "cpu", "seed": seed}
     return RunConfig(**{**given, **_SETTINGS[kind], **STUDIES[kind][name]})

@@ -13,10 +13,10 @@ from . import universal_statistics as of
 from .base import Chapter, Claim, paired
 from .universal_runs import LEVELS, SEEDS, configs
 
-__all__ = ["CHAPTER"]
+__all__ = ["CHAPTER", "solved"]
 
 
-def _solved(table: Callable[[int], pd.DataFrame]) -> Callable[[], pd.DataFrame]:
+def solved(table: Callable[[int], pd.DataFrame]) -> Callable[[], pd.DataFrame]:
     """A toy problem for each seed."""
     return lambda: pd.concat([table(seed).assign(seed=seed) for seed in SEEDS], ignore_index=True)
 
@@ -141,11 +141,11 @@ CLAIMS: tuple[Claim, ...] = (
 )
 
 TOYS = {
-    "hyperbola": _solved(hyperbola_table),
-    "resting": _solved(resting_table),
-    "scale": _solved(scale_table),
+    "hyperbola": solved(hyperbola_table),
+    "resting": solved(resting_table),
+    "scale": solved(scale_table),
     "invariance": invariance_table,
-    "drift": _solved(drift_table),
+    "drift": solved(drift_table),
 }
 
 CHAPTER = Chapter("universal_sam", "The universal class", "tahmasebi2024universal", configs, CLAIMS, TOYS)

@@ -34,7 +34,8 @@ def measures_table(runs: Sequence[Run]) -> pd.DataFrame:
             values = {column: values[column] / base[column] for column in MEASURES} | {"test_metric": test}
         row = {"rule": name, "seed": seed, **values, "gradients": run.provenance["gradients"], "outcome": run.outcome}
         rows.append(row | {"steps": int(run.last.step), "run_id": run.id})
-    return pd.DataFrame(rows)
+    columns = ("rule", "seed", *MEASURES, "test_metric", "gradients", "outcome", "steps", "run_id")
+    return pd.DataFrame(rows, columns=columns)
 
 
 def price_table(runs: Sequence[Run]) -> pd.DataFrame:
@@ -47,7 +48,7 @@ def price_table(runs: Sequence[Run]) -> pd.DataFrame:
             ours, theirs = (measure_at_level(r, LEVELS["table"], column) for r in (run, sam))
             cost = run.provenance["gradients"] / sam.provenance["gradients"]
             rows.append({"rule": name, "seed": seed, "ratio": ours / theirs, "cost": cost})
-    return pd.DataFrame(rows)
+    return pd.DataFrame(rows, columns=("rule", "seed", "ratio", "cost"))
 
 
 def mechanism_table(runs: Sequence[Run]) -> pd.DataFrame:
@@ -59,7 +60,8 @@ def mechanism_table(runs: Sequence[Run]) -> pd.DataFrame:
         base = measure_at_level(sgd, LEVELS["published"], "frobenius_norm") if sgd else np.nan
         row = {"rule": name, "seed": seed, "ratio": norm / base, "frobenius_norm": norm, "steps": int(run.last.step)}
         rows.append(row | {"test_metric": run.last.test_metric, "outcome": run.outcome})
-    return pd.DataFrame(rows)
+    columns = ("rule", "seed", "ratio", "frobenius_norm", "steps", "test_metric", "outcome")
+    return pd.DataFrame(rows, columns=columns)
 
 
 def edges_table(runs: Sequence[Run]) -> pd.DataFrame:
@@ -75,4 +77,4 @@ def edges_table(runs: Sequence[Run]) -> pd.DataFrame:
             columns = {"sharpness": half.eigenvalue_1 / half.gd_edge, "own": own, "ratio": half.edge_ratio}
             values = {key: float(np.median(column)) for key, column in columns.items()}
         rows.append(row | values)
-    return pd.DataFrame(rows)
+    return pd.DataFrame(rows, columns=("rule", "seed", "outcome", "steps", "sharpness", "own", "ratio"))
