@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -57,7 +58,8 @@ def resting_places(table: pd.DataFrame) -> Figure:
         "Mean of u over the second half of the path, from u = 0.6 and from −0.9, for each seed; bars: how far a path "
         "wanders about it. Dashed: where the measure is least."
     )
-    return panels(draws, name="resting_places", alt=alt, caption=caption, data=table, size=(4.4, 2.1))
+    options: dict[str, Any] = {"name": "resting_places", "alt": alt, "caption": caption, "data": table}
+    return panels(draws, **options, share_y=False, size=(4.4, 2.1))
 
 
 def place(table: pd.DataFrame, measure: str) -> float:
