@@ -50,7 +50,7 @@ MNIST = Experiment(
     "MNIST",
     load=lambda config: SOURCE.load(config.examples, config.data),
     model=_model,
-    loss=lambda config: _LOSSES[config.loss],
+    loss=lambda config: _LOSSES[getattr(config, "loss", "squared_error")],  # others may take it without its settings
     metric=lambda config: error_rate,
     metric_name="test error",
     settings=MLPSettings,
