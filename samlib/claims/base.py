@@ -150,12 +150,17 @@ def bootstrap(details: pd.DataFrame, statistic: str, draws: int = 2000) -> tuple
     cells = [group[statistic].to_numpy(float) for _, group in groups]
     random = np.random.default_rng(0)
 
+    def median(values: np.ndarray) -> float:
+        known = values[~np.isnan(values)]  # a run that diverged has no statistic
+        return float(np.median(known)) if len(known) else np.nan
+
     def draw() -> float:
         chosen = random.integers(0, len(cells), len(cells))
-        return float(np.nanmedian(np.concatenate([random.choice(cells[i], len(cells[i])) for i in chosen])))
+        return median(np.concatenate([random.choice(cells[i], len(cells[i])) for i in chosen]))
 
-    low, high = np.percentile([draw() for _ in range(draws)], [2.5, 97.5])
-    return float(np.nanmedian(details[statistic])), float(low), float(high)
+    drawn = np.array([draw() for _ in range(draws)])
+    low, high = np.percentile(drawn[~np.isnan(drawn)], [2.5, 97.5]) if not np.isnan(drawn).all() else (np.nan, np.nan)
+    return median(details[statistic].to_numpy(float)), float(low), float(high)
 
 
 def paired(details: pd.DataFrame, statistic: str) -> tuple[float, float, float]:

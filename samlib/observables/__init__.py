@@ -19,6 +19,7 @@ from .curvature import FINITE_DIFFERENCE_NORM, FROBENIUS_NORM, GAUSS_NEWTON_NORM
 from .edge import EDGE
 from .noise import NOISE_KERNEL
 from .paths import PATHS
+from .sampled import OWN_SHARPNESS, SAMPLED_TRACE
 
 if TYPE_CHECKING:
     from ..experiments.task import Task
@@ -37,6 +38,8 @@ OBSERVABLES = {
         PROBES,
         FINITE_DIFFERENCE_NORM,
         GAUSS_NEWTON_NORM,
+        OWN_SHARPNESS,
+        SAMPLED_TRACE,
     )
 }
 
