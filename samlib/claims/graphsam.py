@@ -6,7 +6,7 @@ They come from prototypes on seeds and splits 0 to 2; the record has others.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 import pandas as pd
@@ -19,7 +19,7 @@ from ..toys.cached import identity
 from .base import Chapter, Claim, Evidence, Unit, last_half, paired
 from .graphsam_runs import configs, cost
 
-__all__ = ["CHAPTER"]
+__all__ = ["CHAPTER", "intervals"]
 
 NEAR_THE_EDGE = (0.9, 1.2)
 NEAR_THE_EDGE_OF_THE_PREVIOUS = (0.9, 1.1)
@@ -55,15 +55,23 @@ def _processor(evidence: Evidence) -> list[Unit]:
     return [Unit({"method": name, "seed": n}, {"cpu_ratio": ratio}, ratio <= CHEAP) for n, ratio in ratios]
 
 
+def intervals(runs: Iterable[Run]) -> pd.DataFrame:
+    """Mean differences of the test error to the base's, with paired 95 % intervals: a row per set and method."""
+    frame = differences(runs)
+    rows = []
+    for data, name in dict.fromkeys(zip(frame.set.tolist(), frame.method.tolist(), strict=True)):
+        part = frame[(frame.set == data) & (frame.method == name)]
+        rows.append((data, name, len(part), *paired(part, "difference"), " ".join(part.run_id)))
+    return pd.DataFrame(rows, columns=["set", "method", "splits", "mean", "low", "high", "run_ids"])
+
+
 def _improves(evidence: Evidence) -> list[Unit]:
     units = []
-    for (data, name), group in differences(evidence.runs).groupby(["set", "method"], sort=False):
-        if name == "SAM" or len(group) < FEWEST_SPLITS:
+    for data, name, splits, mean, low, high, ids in intervals(evidence.runs).to_numpy().tolist():
+        if name == "SAM" or splits < FEWEST_SPLITS:
             continue
-        mean, low, high = paired(group, "difference")
-        ids = set(group.run_id)
-        behind = tuple(r for r in evidence.runs if r.id in ids)
-        numbers = {"difference": mean, "low": low, "high": high, "splits": float(len(group))}
+        numbers = {"difference": mean, "low": low, "high": high, "splits": float(splits)}
+        behind = tuple(run for run in evidence.runs if run.id in ids.split())
         units.append(Unit({"data": data, "method": name}, numbers, high < 0, behind))
     return units
 

@@ -9,6 +9,7 @@ import numpy as np
 import pandas as pd
 
 from ..edges_cached import rotation_period
+from ..rules import RULES
 from ..runs import Run
 
 __all__ = [
@@ -45,7 +46,7 @@ def method(run: Run) -> str:
             known |= {"every": config.every, "cache_beta": config.cache_beta}
         if known == wanted:
             return name
-    return f"{config.rule} at ρ = {config.rho:g}"
+    return f"k = {config.every}, β = {config.cache_beta:g}" if config.rule == "graphsam" else RULES[config.rule].title
 
 
 def of_edges(runs: Iterable[Run], experiment: str = "mnist") -> list[Run]:
