@@ -103,14 +103,16 @@ def differences(runs: Iterable[Run]) -> pd.DataFrame:
 def period(run: Run) -> tuple[float, float]:
     """The period of the projection on the principal eigenvector over the last half, and the predicted one, in steps.
 
-    The highest peak of the periodogram of its steps, which a slow drift does not hide: Hann window, zeros to 32 times
-    the length, a whole turn at least.
+    The highest peak of the periodogram: a cubic drift removed, Hann window, zeros to 32 times the length, two turns at
+    least.
     """
     assert run.path is not None
     half = run.measurements[run.measurements.step >= run.measurements.step.max() / 2]
-    along = run.path[run.path.step >= half.step.min()].projection.diff().to_numpy(float)[1:]
-    power = np.abs(np.fft.rfft((along - along.mean()) * np.hanning(len(along)), 32 * len(along))) ** 2
-    found = 32 * len(along) / (32 + power[32:].argmax())
+    along = run.path[run.path.step >= half.step.min()].projection.to_numpy(float)
+    time = np.linspace(-1, 1, len(along))
+    along = (along - np.polyval(np.polyfit(time, along, 3), time)) * np.hanning(len(along))
+    power = np.abs(np.fft.rfft(along, 32 * len(along))) ** 2
+    found = 32 * len(along) / (64 + power[64:].argmax())
     if run.config.rule == "graphsam" and run.config.cache_beta == 0:
         wanted = float(rotation_period(half.operator_norm.median(), run.config.learning_rate))
     else:
