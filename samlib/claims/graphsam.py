@@ -12,7 +12,17 @@ from typing import Any
 import pandas as pd
 
 from ..edges import sam_edge
-from ..figures.graphsam_readings import ages, differences, method, of_cycles, of_edges, of_quality, period, refresh
+from ..figures.graphsam_readings import (
+    ages,
+    differences,
+    in_order,
+    method,
+    of_cycles,
+    of_edges,
+    of_quality,
+    period,
+    refresh,
+)
 from ..optim import EPSILON
 from ..runs import Run
 from ..toys.cached import identity
@@ -35,7 +45,7 @@ def _place(run: Run, **more: Any) -> dict[str, Any]:
 
 
 def _cached(runs: Any) -> Iterator[Run]:
-    return (r for r in runs if r.config.rule == "graphsam" and r.outcome == "finished")
+    return (r for r in in_order(runs) if r.config.rule == "graphsam" and r.outcome == "finished")
 
 
 def _evaluations(evidence: Evidence) -> list[Unit]:

@@ -12,7 +12,7 @@ from matplotlib.figure import Figure as Canvas
 from ..edges import sam_edge
 from ..optim import EPSILON
 from ..runs import Run
-from .graphsam_readings import METHODS, ages, differences, method, of_cycles, of_edges, of_quality, period
+from .graphsam_readings import ages, differences, method, of_cycles, of_edges, of_quality, period
 from .shapes import SHOWN, panels
 from .style import COLOURS, FOREGROUND, Figure, drawing, key, plain_log
 
@@ -82,8 +82,7 @@ def directions(runs: Iterable[Run]) -> Figure:
 def edges(runs: Iterable[Run], experiment: str = "mnist") -> Figure:
     """The operator norm through full-batch training, with the rule's own edge, the SAM edge and 2/η."""
     shown = of_edges(runs, experiment)
-    names = [method(run) for run in shown]
-    order = dict.fromkeys([*(name for name in METHODS if name in names), *names])
+    order = dict.fromkeys(method(run) for run in shown)
     frames = []
     for run in shown:
         columns = ["step", "operator_norm", "edge", "gd_edge", "edge_ratio", "grad_norm"]

@@ -17,6 +17,7 @@ __all__ = [
     "ages",
     "differences",
     "final_error",
+    "in_order",
     "method",
     "of_cycles",
     "of_edges",
@@ -49,19 +50,32 @@ def method(run: Run) -> str:
     return f"k = {config.every}, β = {config.cache_beta:g}" if config.rule == "graphsam" else RULES[config.rule].title
 
 
+def in_order(runs: Iterable[Run]) -> list[Run]:
+    """By method as :data:`METHODS` has them, then by seed."""
+    names = list(METHODS)
+
+    def place(run: Run) -> tuple[int, int]:
+        name = method(run)
+        return (names.index(name) if name in names else len(names)), run.config.seed
+
+    return sorted(runs, key=place)
+
+
 def of_edges(runs: Iterable[Run], experiment: str = "mnist") -> list[Run]:
     """The full-batch runs whose edge was measured along the way."""
-    return [r for r in runs if r.config.experiment == experiment and _whole(r) and r.config.measure_every < 100]
+    return [
+        r for r in in_order(runs) if r.config.experiment == experiment and _whole(r) and r.config.measure_every < 100
+    ]
 
 
 def of_cycles(runs: Iterable[Run]) -> list[Run]:
     """The runs that recorded their projection on the principal eigenvector."""
-    return [r for r in runs if "projection" in r.config.path]
+    return [r for r in in_order(runs) if "projection" in r.config.path]
 
 
 def of_quality(runs: Iterable[Run]) -> list[Run]:
     """The mini-batch runs on molecules."""
-    return [r for r in runs if r.config.experiment == "molecules" and not _whole(r)]
+    return [r for r in in_order(runs) if r.config.experiment == "molecules" and not _whole(r)]
 
 
 def _whole(run: Run) -> bool:
