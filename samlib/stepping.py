@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -36,9 +37,11 @@ class Closure:
         known: the Hessian of this very loss at w, whose gradient need not be computed again.
         training: what training mode adds to the network.
         step: number of updates so far.
+        places: whether to keep where each evaluation was.
 
     Attributes:
         losses, gradients: of each evaluation, in order; the first is at w.
+        points: where they were, shape (P,) each; only if asked for.
     """
 
     def __init__(
@@ -48,26 +51,34 @@ class Closure:
         known: HessianOperator | None = None,
         training: TrainingMode | None = None,
         step: int = 0,
+        places: bool = False,
     ) -> None:
         self.objective, self.params, self.training, self.step = objective, params, training, step
-        self._known = known
+        self._known, self._places = known, places
         self.losses: list[Tensor] = []
         self.gradients: list[Tensor] = []
+        self.points: list[Tensor] = []
 
     def __call__(self) -> Tensor:
-        first, objective = not self.losses, self.objective
+        first = not self.losses
         # Rules with a cached direction evaluate the loss at a perturbed point only.
         if first and self._known and torch.equal(self.params, self._known.params):
             loss, gradient = self._known.value, self._known.gradient.clone()
-        elif self.training:
-            batch = objective.inputs, objective.targets
-            loss, gradient = self.training.value_and_gradient(self.params, *batch, self.step, move_buffers=first)
         else:
-            loss, gradient = objective.value_and_gradient(self.params.detach())
+            loss, gradient = self.look(self.params, move_buffers=first)
         self.losses.append(loss)
         self.gradients.append(gradient)
+        if self._places:
+            self.points.append(self.params.detach().clone())
         self.params.grad = gradient
         return loss
+
+    def look(self, params: Tensor, move_buffers: bool = False) -> tuple[Tensor, Tensor]:
+        """The step's loss and its gradient at parameters (P,), as the step sees them, without booking it."""
+        if self.training:
+            batch = self.objective.inputs, self.objective.targets
+            return self.training.value_and_gradient(params, *batch, self.step, move_buffers=move_buffers)
+        return self.objective.value_and_gradient(params.detach())
 
     @property
     def slices(self) -> dict[str, slice]:
@@ -95,6 +106,7 @@ class Step:
         losses, gradients: of each evaluation of the closure.
         descent: the gradient that the base stepped with.
         direction: the parameters and the principal eigenvector at the last measurement.
+        closure: what it was taken with.
     """
 
     optimizer: Optimizer
@@ -103,6 +115,14 @@ class Step:
     gradients: list[Tensor]
     descent: Tensor
     direction: tuple[Tensor, Tensor] | None
+    closure: Closure
+
+    @cached_property
+    def start(self) -> tuple[Tensor, Tensor]:
+        """Loss and gradient at w: one more evaluation where the optimizer made none there."""
+        if torch.equal(self.closure.points[0], self.before):
+            return self.losses[0], self.gradients[0]
+        return self.closure.look(self.before)
 
 
 def take(optimizer: Optimizer, closure: Closure) -> Tensor:

@@ -18,7 +18,7 @@ from .experiments.task import Task
 from .hessian import HessianOperator
 from .journal import note
 from .laws import EdgeLaw
-from .observables import PATHS, Point, observe
+from .observables import PATHS, PLACES, Point, observe
 from .provenance import provenance
 from .rules import law_of
 from .rules import optimizer as make_optimizer
@@ -160,9 +160,10 @@ class Trajectory:
         # The gradient of the measured loss is the step's own, to the bit, where both descend the same loss.
         shared = measured is objective and not task.training
         known = operator if shared and not objective.kernel else None
-        closure = Closure(objective, self.params, known, task.training, step)
+        places = not PLACES.isdisjoint(config.path)
+        closure = Closure(objective, self.params, known, task.training, step, places)
         rate = float(self.optimizer.param_groups[0]["lr"])
-        before = self.params.detach().clone() if stay or "projection" in config.path else self.params.detach()
+        before = self.params.detach().clone() if stay or places else self.params.detach()
         buffers = task.training.buffers if task.training else {}
         diverged = False
         with base_alone(self.optimizer) if step < config.warmup_steps else nullcontext():
@@ -181,7 +182,8 @@ class Trajectory:
             if task.training:
                 task.training.buffers = buffers
         elif not diverged:
-            self._took(Step(self.optimizer, before, closure.losses, closure.gradients, descent, self.direction), tested)
+            evaluated = closure.losses, closure.gradients
+            self._took(Step(self.optimizer, before, *evaluated, descent, self.direction, closure), tested)
         return diverged
 
     def _took(self, step: Step, tested: list[float]) -> None:

@@ -18,13 +18,13 @@ from .classifiers import EXAMPLE_WEIGHTS, PROBES
 from .curvature import FINITE_DIFFERENCE_NORM, FROBENIUS_NORM, GAUSS_NEWTON_NORM, LOG_DETERMINANT, TRACE
 from .edge import EDGE
 from .noise import NOISE_KERNEL
-from .paths import PATHS
+from .paths import PATHS, PLACES
 from .sampled import OWN_SHARPNESS, SAMPLED_TRACE
 
 if TYPE_CHECKING:
     from ..experiments.task import Task
 
-__all__ = ["OBSERVABLES", "PATHS", "Observable", "Point", "measure", "observe"]
+__all__ = ["OBSERVABLES", "PATHS", "PLACES", "Observable", "Point", "measure", "observe"]
 
 OBSERVABLES = {
     observable.name: observable
