@@ -36,11 +36,11 @@ _GROUPS: tuple[tuple[tuple[str, dict[str, Any]], ...], ...] = (
         ("MLP", {"rho": 0.1, **_LONG}),
     ),
     (
-        ("BatchNorm", _JACOBIAN),
         ("MLP", {"rho": 0.3, **_SHORT}),
         ("MLP", _JACOBIAN | _SHORT),
         ("MLP", _WEIGHTS | _SHORT),
     ),
+    (("BatchNorm", _JACOBIAN),),
     (("BatchNorm", {"rho": 0.6}),),
     (("MLP with BatchNorm", {"rho": 0.0}), ("MLP with BatchNorm", {"rho": 0.3})),
     (
