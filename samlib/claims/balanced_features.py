@@ -59,7 +59,8 @@ def _of_its_unit(details: pd.DataFrame, statistic: str) -> tuple[float, float, f
 
 
 def _behind(found: Sequence[Pair]) -> tuple[Run, ...]:
-    return tuple(run for pair in found for run in (pair.run, pair.plain))
+    """The runs of some pairs, each once."""
+    return tuple({run.id: run for pair in found for run in (pair.run, pair.plain)}.values())
 
 
 def _comparison(
@@ -124,7 +125,7 @@ def _jacobian(evidence: Evidence) -> list[Unit]:
         "pairs": len(values),
         "not_arrived": len(both) - len(values),
     }
-    runs = tuple(dict.fromkeys(run for two in both for run in _behind(two)))
+    runs = _behind([pair for two in both for pair in two])
     return [Unit({"network": "BatchNorm", "ρ": 0.3, "loss": 0.01}, numbers, low > CARRIES, runs)]
 
 
@@ -143,9 +144,7 @@ def _grows(evidence: Evidence) -> list[Unit]:
     slower = dict(zip((f"steps × at ρ = {rho:g}" for rho in RHOS), np.mean(costs, axis=0).tolist(), strict=True))
     numbers = {"slope": mean, "low": low, "high": high, "pairs": len(slopes), "not_arrived": len(seeds) - len(slopes)}
     behind = [found[rho][seed] for seed in seeds for rho in RHOS]
-    return [
-        Unit({"network": "BatchNorm", "loss": 0.01}, numbers | slower, high < 0, tuple(dict.fromkeys(_behind(behind))))
-    ]
+    return [Unit({"network": "BatchNorm", "loss": 0.01}, numbers | slower, high < 0, _behind(behind))]
 
 
 _THEIRS = "Springer et al. (2024), abstract"

@@ -31,16 +31,11 @@ _GROUPS: tuple[tuple[tuple[str, dict[str, Any]], ...], ...] = (
     (
         ("BatchNorm", {"rho": 0.0}),
         ("BatchNorm", {"rho": 0.3}),
-        ("BatchNorm", {"rho": 0.1}),
         ("MLP", {"rho": 0.0, **_LONG}),
         ("MLP", {"rho": 0.1, **_LONG}),
     ),
-    (
-        ("MLP", {"rho": 0.3, **_SHORT}),
-        ("MLP", _JACOBIAN | _SHORT),
-        ("MLP", _WEIGHTS | _SHORT),
-    ),
-    (("BatchNorm", _JACOBIAN),),
+    (("MLP", {"rho": 0.3, **_SHORT}), ("MLP", _JACOBIAN | _SHORT), ("MLP", _WEIGHTS | _SHORT)),
+    (("BatchNorm", {"rho": 0.1}), ("BatchNorm", _JACOBIAN)),
     (("BatchNorm", {"rho": 0.6}),),
     (("MLP with BatchNorm", {"rho": 0.0}), ("MLP with BatchNorm", {"rho": 0.3})),
     (

@@ -156,7 +156,7 @@ def through_the_loss(runs: Sequence[Run]) -> Figure:
         for probe, colour in PROBES.items():
             values = part[part.probe == probe].dropna(subset="difference").groupby("loss").difference
             ends = pd.DataFrame([interval_of(v.to_numpy()) for _, v in values if len(v) > 1])
-            losses = [loss for loss, v in values if len(v) > 1]
+            losses = np.array([loss for loss, v in values if len(v) > 1])
             if len(ends):
                 axis.plot(losses, ends[0], color=colour, marker=".")
                 axis.fill_between(losses, ends[1], ends[2], color=colour, alpha=0.2, linewidth=0)
