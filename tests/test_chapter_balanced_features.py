@@ -46,7 +46,9 @@ def recorded(config, object_error=0.68, digit_error=0.05, change=-0.1, reach=0.0
 
 def effect_of(config, effect):
     """What a table of effects by (network's name, ρ, rule) says of a configuration; else nothing happens."""
-    normalised = "BatchNorm" if config.network == "convolutional" else "MLP" + " with BatchNorm" * config.batch_norm
+    normalised = (
+        "CNN with BatchNorm" if config.network == "convolutional" else "MLP" + " with BatchNorm" * config.batch_norm
+    )
     return effect.get((normalised, config.rho, config.rule), {})
 
 
@@ -66,16 +68,16 @@ def runs_with(effect, noise=0.002, **every):
 
 
 BETTER = {
-    ("BatchNorm", 0.1, "sam"): {"object": -0.004},
-    ("BatchNorm", 0.3, "sam"): {"object": -0.014, "digit": -0.01},
-    ("BatchNorm", 0.6, "sam"): {"object": -0.03},
-    ("BatchNorm", 0.3, "jacobian_sam"): {"object": -0.013},
+    ("CNN with BatchNorm", 0.1, "sam"): {"object": -0.004},
+    ("CNN with BatchNorm", 0.3, "sam"): {"object": -0.014, "digit": -0.01},
+    ("CNN with BatchNorm", 0.6, "sam"): {"object": -0.03},
+    ("CNN with BatchNorm", 0.3, "jacobian_sam"): {"object": -0.013},
     ("MLP", 0.1, "sam"): {"object": -0.02},
 }
 WORSE = {
-    ("BatchNorm", 0.3, "sam"): {"object": 0.01, "digit": 0.02},
-    ("BatchNorm", 0.6, "sam"): {"object": 0.02},
-    ("BatchNorm", 0.3, "jacobian_sam"): {"object": -0.002},
+    ("CNN with BatchNorm", 0.3, "sam"): {"object": 0.01, "digit": 0.02},
+    ("CNN with BatchNorm", 0.6, "sam"): {"object": 0.02},
+    ("CNN with BatchNorm", 0.3, "jacobian_sam"): {"object": -0.002},
     ("MLP", 0.1, "sam"): {"object": 0.02},
 }
 
@@ -120,15 +122,15 @@ def test_an_effect_within_the_noise_supports_no_claim_about_an_interval():
 
 @pytest.mark.parametrize(("moved", "outcome"), [(0.003, "reproduced"), (0.007, "not reproduced")])
 def test_the_digit_may_lose_half_a_point(moved, outcome):
-    runs = runs_with({("BatchNorm", 0.3, "sam"): {"digit": moved}}, noise=0.001)
+    runs = runs_with({("CNN with BatchNorm", 0.3, "sam"): {"digit": moved}}, noise=0.001)
     assert verdict("easier", runs).outcome == outcome
 
 
 @pytest.mark.parametrize(("reproduced_part", "outcome"), [(0.8, "reproduced"), (0.3, "not reproduced")])
 def test_the_jacobian_must_carry_half_of_the_effect(reproduced_part, outcome):
     effect = {
-        ("BatchNorm", 0.3, "sam"): {"object": -0.02},
-        ("BatchNorm", 0.3, "jacobian_sam"): {"object": -0.02 * reproduced_part},
+        ("CNN with BatchNorm", 0.3, "sam"): {"object": -0.02},
+        ("CNN with BatchNorm", 0.3, "jacobian_sam"): {"object": -0.02 * reproduced_part},
     }
     result = verdict("jacobian", runs_with(effect, noise=0.0005))
     assert result.outcome == outcome
@@ -155,12 +157,14 @@ def test_runs_that_do_not_arrive_are_counted_not_compared(better):
     [row] = verdict("harder", late).details.itertuples()
     assert (row.pairs, row.not_arrived) == (len(SEEDS) - 1, 1)
     assert row.difference < 0
-    assert set(pictures.paired_table(late).query("network == 'BatchNorm' and ρ == '0.3'")["not arrived"]) == {1}
+    assert set(pictures.paired_table(late).query("network == 'CNN with BatchNorm' and ρ == '0.3'")["not arrived"]) == {
+        1
+    }
 
 
 def test_pairs_share_their_seed_and_take_away_what_seeds_have_in_common():
     runs = runs_with(BETTER, noise=0.0)
-    found = pairs(runs, "BatchNorm", 0.3, 0.01)
+    found = pairs(runs, "CNN with BatchNorm", 0.3, 0.01)
     assert [pair.run.config.seed for pair in found] == list(SEEDS)
     for pair in found:
         assert pair.plain.config == pair.run.config.model_copy(update={"rho": 0.0, "rule": "sam"})
@@ -265,9 +269,9 @@ def test_every_picture_of_a_toy_is_accessible_and_carries_its_data(name, toys):
 
 def test_the_first_picture_says_its_numbers(better):
     figure = pictures.at_equal_loss(better)
-    values = figure.data.query("network == 'BatchNorm' and rho == 0.3 and probe == 'object'").difference
+    values = figure.data.query("network == 'CNN with BatchNorm' and rho == 0.3 and probe == 'object'").difference
     mean, low, high = interval_of(values.to_numpy())
-    assert f"object, BatchNorm, ρ = 0.3: {mean:+.1f} [{low:+.1f}, {high:+.1f}]" in figure.alt
+    assert f"object, CNN with BatchNorm, ρ = 0.3: {mean:+.1f} [{low:+.1f}, {high:+.1f}]" in figure.alt
     assert figure.alt in figure._repr_html_()
 
 

@@ -21,7 +21,7 @@ PAYS = 0.5  # points of the digit's probe error that count as paying with it
 MORE_UNIFORM = 0.9  # share of measurements in which the weights must be more uniform
 CARRIES = 0.5  # share of SAM's effect that its Jacobian must reproduce
 RHOS = (0.1, 0.3, 0.6)
-_KINDS = tuple((network, rho) for network in ("BatchNorm", "MLP") for rho in (0.0, 0.1, 0.3))
+_KINDS = tuple((network, rho) for network in ("CNN with BatchNorm", "MLP") for rho in (0.0, 0.1, 0.3))
 
 
 def interval_of(values: np.ndarray) -> tuple[float, float, float]:
@@ -108,8 +108,8 @@ def _uniform(levels: Sequence[float]) -> Callable[[Evidence], list[Unit]]:
 
 
 def _jacobian(evidence: Evidence) -> list[Unit]:
-    whole = {p.run.config.seed: p for p in pairs(evidence.runs, "BatchNorm", 0.3, 0.01)}
-    part = {p.run.config.seed: p for p in pairs(evidence.runs, "BatchNorm", 0.3, 0.01, "jacobian_sam")}
+    whole = {p.run.config.seed: p for p in pairs(evidence.runs, "CNN with BatchNorm", 0.3, 0.01)}
+    part = {p.run.config.seed: p for p in pairs(evidence.runs, "CNN with BatchNorm", 0.3, 0.01, "jacobian_sam")}
     both = [(part[seed], whole[seed]) for seed in sorted(part.keys() & whole.keys())]
     values = 100 * np.array([[pair.difference("probe_object") for pair in two] for two in both]).reshape(-1, 2)
     values = values[np.isfinite(values).all(1)]
@@ -126,11 +126,11 @@ def _jacobian(evidence: Evidence) -> list[Unit]:
         "not_arrived": len(both) - len(values),
     }
     runs = _behind([pair for two in both for pair in two])
-    return [Unit({"network": "BatchNorm", "ρ": 0.3, "loss": 0.01}, numbers, low > CARRIES, runs)]
+    return [Unit({"network": "CNN with BatchNorm", "ρ": 0.3, "loss": 0.01}, numbers, low > CARRIES, runs)]
 
 
 def _grows(evidence: Evidence) -> list[Unit]:
-    found = {rho: {p.run.config.seed: p for p in pairs(evidence.runs, "BatchNorm", rho, 0.01)} for rho in RHOS}
+    found = {rho: {p.run.config.seed: p for p in pairs(evidence.runs, "CNN with BatchNorm", rho, 0.01)} for rho in RHOS}
     seeds = sorted(set.intersection(*(set(by_seed) for by_seed in found.values())))
     slopes, costs = [], []
     for seed in seeds:
@@ -144,7 +144,7 @@ def _grows(evidence: Evidence) -> list[Unit]:
     slower = dict(zip((f"steps × at ρ = {rho:g}" for rho in RHOS), np.mean(costs, axis=0).tolist(), strict=True))
     numbers = {"slope": mean, "low": low, "high": high, "pairs": len(slopes), "not_arrived": len(seeds) - len(slopes)}
     behind = [found[rho][seed] for seed in seeds for rho in RHOS]
-    return [Unit({"network": "BatchNorm", "loss": 0.01}, numbers | slower, high < 0, _behind(behind))]
+    return [Unit({"network": "CNN with BatchNorm", "loss": 0.01}, numbers | slower, high < 0, _behind(behind))]
 
 
 _THEIRS = "Springer et al. (2024), abstract"
@@ -154,24 +154,24 @@ _IN = ("balanced_features",)
 CLAIMS = (
     Claim(
         "harder",
-        "SAM learns the harder feature better than SGD at equal training loss (BatchNorm network, ρ = 0.3, loss 0.01).",
+        "SAM learns the harder feature better than SGD at equal loss (CNN with BatchNorm, ρ = 0.3, loss 0.01).",
         _THEIRS,
         "comparison",
         f"object's probe error: {_PAIRED}",
         "95 % interval of the paired difference below 0",
-        _comparison("BatchNorm", 0.3, 0.01, "probe_object", lambda high: high < 0),
+        _comparison("CNN with BatchNorm", 0.3, 0.01, "probe_object", lambda high: high < 0),
         _IN,
         _of_its_unit,
         band=(-np.inf, 0.0),
     ),
     Claim(
         "easier",
-        "It does not pay for that with the easier feature (BatchNorm network, ρ = 0.3, loss 0.01).",
+        "It does not pay for that with the easier feature (CNN with BatchNorm, ρ = 0.3, loss 0.01).",
         _THEIRS,
         "comparison",
         f"digit's probe error: {_PAIRED}",
         f"upper end of the 95 % interval at most +{PAYS:g} points",
-        _comparison("BatchNorm", 0.3, 0.01, "probe_digit", lambda high: high <= PAYS),
+        _comparison("CNN with BatchNorm", 0.3, 0.01, "probe_digit", lambda high: high <= PAYS),
         _IN,
         _of_its_unit,
         band=(-np.inf, PAYS),
@@ -214,7 +214,7 @@ CLAIMS = (
     ),
     Claim(
         "jacobian",
-        "The Jacobian's part of SAM's gradient carries the effect, as in the diagonal net (BatchNorm network, ρ 0.3).",
+        "The Jacobian's part of SAM's gradient carries the effect, as in the diagonal net (CNN with BatchNorm, ρ 0.3).",
         "the second part of Springer et al. (2024); the diagonal net of this chapter",
         "comparison",
         "share of SAM's effect on the object's probe at loss 0.01 that the Jacobian's part alone reproduces",
@@ -227,7 +227,7 @@ CLAIMS = (
     ),
     Claim(
         "grows",
-        "The effect grows with ρ (BatchNorm network, ρ = 0.1, 0.3, 0.6, loss 0.01).",
+        "The effect grows with ρ (CNN with BatchNorm, ρ = 0.1, 0.3, 0.6, loss 0.01).",
         "this chapter",
         "comparison",
         "slope of the object's paired difference over ρ, in points per unit of ρ, by seed",

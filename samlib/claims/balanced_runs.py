@@ -17,7 +17,7 @@ LEVELS = (1.0, 0.5, 0.3, 0.1, 0.03, 0.01)
 SEEDS = tuple(range(100, 108))  # trials, before the thresholds were set, had seeds below 10
 
 NETWORKS: dict[str, dict[str, Any]] = {
-    "BatchNorm": {"network": "convolutional", "learning_rate": 0.05},
+    "CNN with BatchNorm": {"network": "convolutional", "learning_rate": 0.05},
     "MLP": {"network": "mlp", "batch_norm": False, "tile": 8, "learning_rate": 0.1, "momentum": 0.0},
     "MLP with BatchNorm": {"network": "mlp", "batch_norm": True, "tile": 8, "learning_rate": 0.05},
 }
@@ -29,19 +29,19 @@ _JACOBIAN, _WEIGHTS = {"rho": 0.3, "rule": "jacobian_sam"}, {"rho": 0.3, "rule":
 # The most important first. In each group all runs of a seed come together, so that whole pairs are recorded.
 _GROUPS: tuple[tuple[tuple[str, dict[str, Any]], ...], ...] = (
     (
-        ("BatchNorm", {"rho": 0.0}),
-        ("BatchNorm", {"rho": 0.3}),
+        ("CNN with BatchNorm", {"rho": 0.0}),
+        ("CNN with BatchNorm", {"rho": 0.3}),
         ("MLP", {"rho": 0.0, **_LONG}),
         ("MLP", {"rho": 0.1, **_LONG}),
     ),
     (("MLP", {"rho": 0.3, **_SHORT}), ("MLP", _JACOBIAN | _SHORT), ("MLP", _WEIGHTS | _SHORT)),
-    (("BatchNorm", {"rho": 0.1}), ("BatchNorm", _JACOBIAN)),
-    (("BatchNorm", {"rho": 0.6}),),
+    (("CNN with BatchNorm", {"rho": 0.1}), ("CNN with BatchNorm", _JACOBIAN)),
+    (("CNN with BatchNorm", {"rho": 0.6}),),
     (("MLP with BatchNorm", {"rho": 0.0}), ("MLP with BatchNorm", {"rho": 0.3})),
     (
         ("MLP", {"rho": 0.3, "rule": "layer_sam", "layers": ["last"], **_SHORT}),
         ("MLP", {"rho": 0.3, "rule": "layer_sam", "layers": ["body"], **_SHORT}),
-        ("BatchNorm", _WEIGHTS),
+        ("CNN with BatchNorm", _WEIGHTS),
     ),
 )
 _EDGE_RHOS = (0.0, 0.05, 0.1, 0.2)

@@ -45,13 +45,13 @@ class Kind(NamedTuple):
 
 
 SAM_RUNS = (
-    *(Kind("BatchNorm", rho, 0.01) for rho in (0.1, 0.3, 0.6)),
+    *(Kind("CNN with BatchNorm", rho, 0.01) for rho in (0.1, 0.3, 0.6)),
     *(Kind("MLP", rho, 0.1) for rho in (0.1, 0.3)),
     Kind("MLP with BatchNorm", 0.3, 0.01),
 )
 PARTS = tuple(
     Kind(network, 0.3, level, rule, layers)
-    for network, level in (("BatchNorm", 0.01), ("MLP", 0.1))
+    for network, level in (("CNN with BatchNorm", 0.01), ("MLP", 0.1))
     for rule, layers in (
         ("sam", None),
         ("weights_sam", None),
@@ -179,7 +179,7 @@ def lorenz(runs: Sequence[Run], levels: Sequence[float] = (1.0, 0.1, 0.01)) -> F
     """Lorenz curves of the examples' weights along plain SGD, at w and at the perturbed point, means over seeds."""
     shares = np.arange(11) / 10
     rows, draws = [], {}
-    for network in ("BatchNorm", "MLP"):
+    for network in ("CNN with BatchNorm", "MLP"):
         chosen = cell(runs, network, 0.0)
         for level in levels:
             found = [row for run in chosen.values() if (row := at_level(run, level)) is not None]
@@ -202,7 +202,7 @@ def lorenz(runs: Sequence[Run], levels: Sequence[float] = (1.0, 0.1, 0.01)) -> F
         caption="Share of all weight held by the lightest examples, along plain SGD (perturbed by ρ = 0.3), means over "
         "seeds. On the thin diagonal all examples weigh the same.",
         data=pd.DataFrame(rows),
-        runs=[run for network in ("BatchNorm", "MLP") for run in cell(runs, network, 0.0).values()],
+        runs=[run for network in ("CNN with BatchNorm", "MLP") for run in cell(runs, network, 0.0).values()],
         key=PLACES,
         size=(2.5, 2.4),
     )
@@ -219,7 +219,7 @@ def gini_changes(runs: Sequence[Run]) -> Figure:
     """The Gini coefficient at the perturbed point minus that at w, every measurement, by network and ρ."""
     rows: list[dict[str, Any]] = []
     draws: dict[str, Callable[[Axes], None]] = {}
-    for network in ("BatchNorm", "MLP"):
+    for network in ("CNN with BatchNorm", "MLP"):
         for rho in (0.0, 0.1, 0.3):
             found = [
                 {"network": network, "rho": rho, "run_id": run.id, "seed": seed, "loss": level}
