@@ -136,6 +136,7 @@ class Trajectory:
             reasons["every"] = 0.0
         looked_at = bool(self.levels) or config.stop_at_loss is not None
         if looked_at and (self.step % config.loss_every == 0 or self.step == config.steps):
+            self.task.sync()  # else the statistics of BatchNorm would be those of a step before, or of no step
             loss = float(self.task.everything().value(self.params.detach()))
             while self.levels and loss <= self.levels[0]:
                 reasons["level"] = self.levels.pop(0)

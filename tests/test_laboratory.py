@@ -79,6 +79,21 @@ def test_a_run_in_pieces_is_the_whole_one_to_the_bit(step, tmp_path):
     assert whole.provenance["gradients"] == pieces.provenance["gradients"]
 
 
+def test_levels_of_the_loss_are_seen_with_the_statistics_of_their_step(tmp_path):
+    """BatchNorm's running statistics move in each step: the look at the loss and the row must be of the same ones."""
+    config = RunConfig(
+        **{"experiment": "digits_on_cifar", "learning_rate": 0.05, "rho": 0.1, "data": "standin", "tile": 8},
+        **{"classes": ["cat", "dog"], "images_per_class": 20, "batch_size": 8, "momentum": 0.0, "steps": 30},
+        **{"measure_every": 1, "loss_every": 1, "measure_at_losses": [0.69, 0.6, 0.5], "observables": ["probes"]},
+    )
+    whole, pieces = train(config), in_pieces(config, tmp_path / "store")
+    pd.testing.assert_frame_equal(values(whole), values(pieces), check_exact=True)
+    rows = whole.measurements
+    assert rows.loss_level.notna().sum() >= 2
+    for level in rows.loss_level.dropna():
+        assert rows.step[rows.loss <= level].iloc[0] == rows.step[rows.loss_level <= level].iloc[0]
+
+
 @pytest.mark.parametrize("network", NETWORKS)
 @pytest.mark.parametrize("step", ["gd", "sam"])
 def test_measuring_does_not_change_the_path(network, step):
