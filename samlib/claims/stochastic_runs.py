@@ -10,6 +10,7 @@ Four parts, all on MNIST with one network (784-64-64-64-10, ReLU, 59,210 paramet
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Sequence
 from typing import Any
@@ -46,30 +47,35 @@ def _run(examples: int, rate: float, batch_size: int, seed: int, rho: float = 0.
     return RunConfig(**{**usual, **place, **settings})
 
 
-def _settling(rate: float) -> list[RunConfig]:
-    known: Any = {"exact_noise": True, "observables": ("edge", "noise_kernel"), "measure_every": 1500}
-    sizes = (1, 2, 4, 8, 16, 32, 64, 100)
-    return [_run(100, rate, size, seed, **known) for seed in SEEDS for size in sizes]
+_KNOWN: Any = {"exact_noise": True, "observables": ("edge", "noise_kernel")}
+_LEVELS: Any = {"measure_every": 600, "measure_at_losses": (MATCHED,)}
+
+
+def _settling(rate: float, seed: int) -> list[RunConfig]:
+    return [_run(100, rate, b, seed, measure_every=1500, **_KNOWN) for b in (2, 4, 8, 16, 32, 64, 100, 1)]
+
+
+def _rates(seed: int) -> list[RunConfig]:
+    grid = itertools.product((1, 2, 4, 8, 16), KERNELS)
+    short: Any = {"steps": 1500, "measure_every": 1500, "path": ("loss",)}
+    return [_run(1000, rate_at(kernel, b, seed), b, seed, **short) for b, kernel in grid]
+
+
+def _sam(seed: int) -> list[RunConfig]:
+    grid = itertools.product((4, 16, 100, 2), (0.03, 0.1, 0.3))
+    return [_run(100, 1.0, b, seed, rho, measure_every=3000, **_KNOWN) for b, rho in grid]
+
+
+def _sharpening(rate: float, seed: int) -> list[RunConfig]:
+    return [_run(1000, rate, b, seed, **_LEVELS) for b in (2, 4, 8, 16, 64, 1000, 256, 1)]
 
 
 def configs() -> list[RunConfig]:
-    """All runs, those first on which most hangs."""
-    known: Any = {"exact_noise": True, "observables": ("edge", "noise_kernel"), "measure_every": 3000}
-    rates = [
-        _run(1000, rate_at(kernel, size, seed), size, seed, steps=1500, measure_every=1500, path=("loss",))
-        for seed in TRACES
-        for size in (1, 2, 4, 8, 16)
-        for kernel in KERNELS
-    ]
-    sam = [_run(100, 1.0, size, s, rho, **known) for s in SEEDS for size in (2, 4, 16, 100) for rho in (0.03, 0.1, 0.3)]
-    matched: Any = {"measure_every": 600, "measure_at_losses": (MATCHED,)}
-    sharpening = [
-        _run(1000, rate, size, seed, **matched)
-        for rate in (1.0, 0.3)
-        for seed in SEEDS
-        for size in (2, 4, 8, 16, 64, 256, 1000, 1)
-    ]
-    return [*_settling(1.0), *rates, *sam, *_settling(0.3), *sharpening]
+    """All runs, in an order in which something of every part is there early: seed by seed, η = 1 first."""
+    first = [_settling(1.0, s) + _rates(s) + _sharpening(1.0, s) + _sam(s) for s in SEEDS]
+    more = [_rates(s) for s in TRACES if s not in SEEDS]
+    slow = [_settling(0.3, s) + _sharpening(0.3, s) for s in SEEDS]
+    return list(itertools.chain(*first, *more, *slow))
 
 
 def part(config: RunConfig) -> str:
