@@ -95,7 +95,9 @@ def ends(runs: Sequence[Run]) -> pd.DataFrame:
     those with the beginning ``first_`` at the initial weights, those with ``matched_`` where the loss first was 0.012;
     ``trace_kernel`` K_tr of the initial weights; ``hessian_norm`` where it was measured. NaN of runs that diverged.
     """
-    return pd.DataFrame([_ends(run) for run in runs])
+    rows = [_ends(run) for run in runs]
+    table = pd.DataFrame(rows) if rows else pd.DataFrame(columns=_COLUMNS)
+    return table.astype({"trained": bool})
 
 
 def _ends(run: Run) -> dict[str, Any]:
@@ -128,6 +130,14 @@ _NAMES = {
     "sgd_edge_ratio": "sgd_edge_ratio",
     "factor": "sam_factor",
 }
+
+
+_COLUMNS = [
+    *("run_id", "part", "examples", "learning_rate", "rho", "seed", "batch_size", "outcome", "trained"),
+    *(f"{start}{name}" for start in ("", "first_") for name in (*_NAMES, "edge_ratio", "kernel")),
+    *(f"matched_{name}" for name in _SIZES),
+    *("settled_kernel", "trace_kernel", "hessian_norm"),
+]
 
 
 def _kernel_column(rows: pd.DataFrame) -> str:

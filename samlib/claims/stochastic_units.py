@@ -29,6 +29,7 @@ __all__ = [
     "sharpening",
     "spread",
     "white",
+    "with_sam",
 ]
 
 AT_THE_EDGE = (0.85, 1.12)  # ηλ_gen/2 that counts as being at the stochastic edge
@@ -84,6 +85,7 @@ def fixed(evidence: Evidence) -> list[Unit]:
 
 
 def quadratic(evidence: Evidence) -> list[Unit]:
+    """Whether K_tr where the full batch ends tells which runs of the quadratic model learn."""
     found = []
     for row in _toy(evidence, "quadratic"):
         # Where the full batch itself is near its edge, or without noise, the kernel has nothing to say.
@@ -106,13 +108,13 @@ def share(details: pd.DataFrame, statistic: str) -> tuple[float, float, float]:
 def _rows(evidence: Evidence, part: str) -> tuple[pd.DataFrame, dict[str, Run]]:
     runs = {run.id: run for run in evidence.runs}
     table = ends(evidence.runs)
-    return (table[table.part == part] if len(table) else pd.DataFrame(columns=["trained"])), runs
+    return table[table.part == part], runs
 
 
 def _grids(evidence: Evidence) -> Iterator[tuple[dict[str, Any], pd.DataFrame, tuple[Run, ...]]]:
     """Per learning rate and seed: the runs of 1,000 examples that learn, by batch size, if the full batch is there."""
     rows, runs = _rows(evidence, "sharpening")
-    for (rate, seed), group in rows.groupby(["learning_rate", "seed"]) if len(rows) else ():
+    for (rate, seed), group in rows.groupby(["learning_rate", "seed"]):
         learnt = group[group.trained].sort_values("batch_size")
         if len(learnt) > 2 and learnt.batch_size.iloc[-1] == learnt.examples.iloc[-1]:
             yield {"η": rate, "seed": seed}, learnt, tuple(runs[i] for i in learnt.run_id)
@@ -123,6 +125,7 @@ def _fall(values: pd.Series) -> float:
 
 
 def sharpening(evidence: Evidence) -> list[Unit]:
+    """How much sharper the full batch ends than the smallest batch that learns."""
     found = []
     for place, rows, runs in _grids(evidence):
         rank = float(rows.batch_size.corr(rows.sharpness, method="spearman"))
@@ -132,6 +135,7 @@ def sharpening(evidence: Evidence) -> list[Unit]:
 
 
 def matched(evidence: Evidence) -> list[Unit]:
+    """The same where the training loss first is 0.012."""
     found = []
     for place, rows, runs in _grids(evidence):
         there = rows[rows.matched_sharpness.notna()]
@@ -142,6 +146,7 @@ def matched(evidence: Evidence) -> list[Unit]:
 
 
 def preferred(evidence: Evidence) -> list[Unit]:
+    """How much more the sharpness falls with the batch size than the trace does."""
     found = []
     for place, rows, runs in _grids(evidence):
         sharpness, trace = _fall(rows.sharpness), _fall(rows.trace)
@@ -151,6 +156,7 @@ def preferred(evidence: Evidence) -> list[Unit]:
 
 
 def far(evidence: Evidence) -> list[Unit]:
+    """Where ηλ/2 ends with small batches and with the full one."""
     found = []
     for place, rows, runs in _grids(evidence):
         small = rows[rows.batch_size.isin((2, 4))]
@@ -170,17 +176,16 @@ def _each(rows: pd.DataFrame, runs: dict[str, Run], numbers: list[str], supports
 
 
 def settles(evidence: Evidence) -> list[Unit]:
+    """Where K settles with small batches."""
     parts = [_rows(evidence, name) for name in ("sharpening", "settling")]
-    chosen = [r[r.trained & (r.learning_rate == 1) & r.batch_size.between(2, 16)] for r, _ in parts if len(r)]
-    rows = pd.concat(chosen) if chosen else pd.DataFrame()
+    rows = pd.concat([r[r.trained & (r.learning_rate == 1) & r.batch_size.between(2, 16)] for r, _ in parts])
     return _each(rows, parts[0][1], ["settled_kernel", "edge_ratio"], lambda r: _in(r["settled_kernel"], AT_ONE))
 
 
 def at_edge(evidence: Evidence) -> list[Unit]:
+    """Where ηλ_gen/2 ends."""
     rows, runs = _rows(evidence, "settling")
-    rows = (
-        rows[(rows.outcome == "finished") & (rows.learning_rate == 1) & (rows.batch_size >= 2)] if len(rows) else rows
-    )
+    rows = rows[(rows.outcome == "finished") & (rows.learning_rate == 1) & (rows.batch_size >= 2)]
     numbers = ["sgd_edge_ratio", "first_sgd_edge_ratio", "edge_ratio", "kernel", "exact_kernel"]
     return _each(rows, runs, numbers, lambda r: _in(r["sgd_edge_ratio"], AT_THE_EDGE))
 
@@ -193,13 +198,14 @@ def nominal(rows: pd.DataFrame) -> pd.DataFrame:
 
 def _rates(evidence: Evidence) -> tuple[pd.DataFrame, dict[str, Run]]:
     rows, runs = _rows(evidence, "rates")
-    return nominal(rows) if len(rows) else rows, runs
+    return nominal(rows), runs
 
 
 def foretold(evidence: Evidence) -> list[Unit]:
+    """Whether the initial K_tr tells which runs learn."""
     rows, runs = _rates(evidence)
-    rows = rows[(rows.batch_size <= 8) & ((rows.nominal <= TRAINS) | (rows.nominal >= FAILS))] if len(rows) else rows
-    rows = rows.assign(foretold=(rows.trained == (rows.nominal <= TRAINS)).astype(float)) if len(rows) else rows
+    rows = rows[(rows.batch_size <= 8) & ((rows.nominal <= TRAINS) | (rows.nominal >= FAILS))]
+    rows = rows.assign(foretold=(rows.trained == (rows.nominal <= TRAINS)).astype(float))
     return _each(rows, runs, ["foretold", "trace_kernel", "learning_rate"], lambda r: r["foretold"] == 1)
 
 
@@ -233,32 +239,44 @@ def critical_kernels(rows: pd.DataFrame) -> pd.DataFrame:
 
 
 def spread(evidence: Evidence) -> list[Unit]:
+    """How much the critical values differ between single examples, pairs and fours."""
     rows, runs = _rates(evidence)
-    found = critical_kernels(rows) if len(rows) else pd.DataFrame()
+    rows = rows[rows.batch_size <= 4]
+    found = critical_kernels(rows)
     if len(found) < 3:
         return []
-    small = found[found.index <= 4]
-    spread = {name: float(small[name].max() / small[name].min()) for name in found}
-    numbers = {"spread": spread["kernel"], "rate_spread": spread["learning_rate"], "edge_spread": spread["edge_ratio"]}
-    behind = tuple(runs[i] for i in rows[rows.batch_size <= 4].run_id)
-    return [Unit({"B": "1 to 4"}, numbers, numbers["spread"] < SPREAD, behind)]
+    ratios = found.max() / found.min()
+    numbers = {"spread": ratios.kernel, "rate_spread": ratios.learning_rate, "edge_spread": ratios.edge_ratio}
+    return [Unit({"B": "1 to 4"}, numbers, ratios.kernel < SPREAD, tuple(runs[i] for i in rows.run_id))]
+
+
+def with_sam(table: pd.DataFrame) -> pd.DataFrame:
+    """Runs with SAM beside those without: K, trace and λ_gen over those of ρ = 0, same batch size and seed.
+
+    Args:
+        table: of :func:`samlib.claims.stochastic_runs.ends`.
+
+    Returns:
+        One row per run, those of ρ = 0 too: ``run_id`` and that of ρ = 0, ``plain_id``; ``rho``, ``batch_size``,
+        ``seed``; ``trained``, if both learnt; ``kernel``, ``trace`` and ``sgd_sharpness``, and ``ratio`` φηλ_gen/2.
+    """
+    table = table[(table.learning_rate == 1) & table.part.isin(("settling", "sam"))]
+    same = ["batch_size", "seed"]
+    found = table.merge(table[table.rho == 0], on=same, suffixes=("", "_plain"))
+    sizes = {name: found[name] / found[f"{name}_plain"] for name in ("kernel", "trace", "sgd_sharpness")}
+    both = {"trained": found.trained & found.trained_plain, "plain_id": found.run_id_plain}
+    return found[["run_id", "rho", *same]].assign(**both, **sizes, ratio=found.factor * found.sgd_edge_ratio)
 
 
 def lowered(evidence: Evidence) -> list[Unit]:
-    rows, runs = _rows(evidence, "sam")
-    plain, _ = _rows(evidence, "settling")
+    """K with SAM over K without, of runs that learn."""
+    runs = {run.id: run for run in evidence.runs}
+    rows = with_sam(ends(evidence.runs))
     found = []
-    for row in rows[rows.trained & (rows.batch_size < 100)].to_dict("records") if len(plain) and len(rows) else ():
-        same = plain[(plain.learning_rate == 1) & (plain.batch_size == row["batch_size"]) & (plain.seed == row["seed"])]
-        if len(same) and same.trained.iloc[0]:
-            base = same.iloc[0]
-            names = {"kernel": "kernel", "trace": "trace", "λ_gen": "sgd_sharpness"}
-            numbers = {n: row[c] / base[c] for n, c in names.items()} | {
-                "φηλ_gen/2": row["factor"] * row["sgd_edge_ratio"]
-            }
-            place = {"B": row["batch_size"], "ρ": row["rho"], "seed": row["seed"]}
-            pair = (runs[row["run_id"]], runs[base["run_id"]])
-            found.append(Unit(place, numbers, numbers["kernel"] < LOWERED, pair))
+    for row in rows[rows.trained & (rows.rho > 0) & (rows.batch_size < 100)].to_dict("records"):
+        place = {"B": row["batch_size"], "ρ": row["rho"], "seed": row["seed"]}
+        numbers = {name: row[name] for name in ("kernel", "trace", "sgd_sharpness", "ratio")}
+        found.append(Unit(place, numbers, row["kernel"] < LOWERED, (runs[row["run_id"]], runs[row["plain_id"]])))
     return found
 
 
