@@ -61,8 +61,8 @@ def _rates(seed: int) -> list[RunConfig]:
     return [_run(1000, rate_at(kernel, b, seed), b, seed, **short) for b, kernel in grid]
 
 
-def _sam(seed: int) -> list[RunConfig]:
-    grid = itertools.product((4, 16, 100, 2), (0.03, 0.1, 0.3))
+def _sam(seed: int, *sizes: int) -> list[RunConfig]:
+    grid = itertools.product(sizes, (0.1, 0.3, 0.03))
     return [_run(100, 1.0, b, seed, rho, measure_every=3000, **_KNOWN) for b, rho in grid]
 
 
@@ -72,7 +72,7 @@ def _sharpening(rate: float, seed: int) -> list[RunConfig]:
 
 def configs() -> list[RunConfig]:
     """All runs, in an order in which something of every part is there early: seed by seed, η = 1 first."""
-    first = [_settling(1.0, s) + _rates(s) + _sharpening(1.0, s) + _sam(s) for s in SEEDS]
+    first = [_settling(1.0, s) + _rates(s) + _sam(s, 4) + _sharpening(1.0, s) + _sam(s, 16, 100, 2) for s in SEEDS]
     more = [_rates(s) for s in TRACES if s not in SEEDS]
     slow = [_settling(0.3, s) + _sharpening(0.3, s) for s in SEEDS]
     return list(itertools.chain(*first, *more, *slow))

@@ -128,7 +128,7 @@ def sharpening(evidence: Evidence) -> list[Unit]:
     """How much sharper the full batch ends than the smallest batch that learns."""
     found = []
     for place, rows, runs in _grids(evidence):
-        rank = float(rows.batch_size.corr(rows.sharpness, method="spearman"))
+        rank = float(rows.batch_size.rank().corr(rows.sharpness.rank()))  # Spearman's; NaN of constants
         numbers = {"ratio": _fall(rows.sharpness), "rank": rank, "smallest_batch": float(rows.batch_size.iloc[0])}
         found.append(Unit(place, numbers, numbers["ratio"] >= SHARPER and rank >= RANK, runs))
     return found

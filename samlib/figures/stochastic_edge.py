@@ -262,9 +262,8 @@ def _band(axis: Axes, rows: pd.DataFrame, x: str, y: str, colour: str, dash: Any
     """Median over seeds as a line, their range as a band."""
     group = rows[rows[y].notna()].groupby(x)[y]
     median, marked = group.median(), dash == "o-"
-    axis.plot(
-        median.index, median, "o" if marked else "", linestyle="-" if marked else dash, color=colour, markersize=4
-    )
+    style: Any = {"marker": "o", "markersize": 4} if marked else {"linestyle": dash}
+    axis.plot(median.index, median, color=colour, **style)
     axis.fill_between(median.index, group.min(), group.max(), color=colour, alpha=0.2, linewidth=0)
 
 
