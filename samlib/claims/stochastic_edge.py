@@ -30,7 +30,7 @@ def _linear() -> pd.DataFrame:
     return _table(linear_thresholds(n, sizes[n], tuple(TRACES), c, decay) for decay, (n, c) in grid)
 
 
-def _paths() -> pd.DataFrame:
+def _pathwise() -> pd.DataFrame:
     ways: Any = ("subsets", "epochs")
     return _table(linear_thresholds(50, (1, 4, 16), SEEDS, 1, decay, ways) for decay in DECAYS)
 
@@ -213,5 +213,5 @@ CHAPTER = Chapter(
     "agarwala2024high",
     configs,
     CLAIMS,
-    {"linear": _linear, "paths": _paths, "quadratic": _quadratic, "control": _control},
+    {"linear": _linear, "pathwise": _pathwise, "quadratic": _quadratic, "control": _control},
 )

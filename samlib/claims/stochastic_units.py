@@ -264,6 +264,7 @@ def with_sam(table: pd.DataFrame) -> pd.DataFrame:
     same = ["batch_size", "seed"]
     found = table.merge(table[table.rho == 0], on=same, suffixes=("", "_plain"))
     sizes = {name: found[name] / found[f"{name}_plain"] for name in ("kernel", "trace", "sgd_sharpness")}
+    sizes["kernel"] = sizes["kernel"].where(found.batch_size < found.examples)  # the full batch has no noise
     both = {"trained": found.trained & found.trained_plain, "plain_id": found.run_id_plain}
     return found[["run_id", "rho", *same]].assign(**both, **sizes, ratio=found.factor * found.sgd_edge_ratio)
 

@@ -34,7 +34,7 @@ def settling(table: pd.DataFrame, runs: Sequence[Run]) -> Figure:
 
     def draw(column: str, colour: str) -> Any:
         def on(axis: Axes) -> None:
-            start, end = (table[table[name] > 0] for name in (f"first_{column}", column))
+            start, end = (table[table[n].between(0, np.inf, "neither")] for n in (f"first_{column}", column))
             axis.scatter(start.batch_size, start[f"first_{column}"], s=22, facecolors="none", edgecolors=colour)
             axis.scatter(end.batch_size, end[column], s=22, c=colour, linewidths=0)
             median = end.groupby("batch_size")[column].median()
@@ -56,7 +56,8 @@ def settling(table: pd.DataFrame, runs: Sequence[Run]) -> Figure:
         alt="Three quantities against the batch size at the start and at the end of training; the ratios ηλ/2 and "
         f"ηλ_gen/2 end at {words}",
         caption="Open circles: initial weights. Full circles: after 3,000 steps, one per seed; the line is their "
-        "median. The dashed line is 1, where each of the three would put the edge. With the full batch K is 0.",
+        "median. The dashed line is 1, where each of the three would put the edge. The full batch has no noise and no "
+        "K.",
         data=table[[*names, *columns]],
         runs=_of(table, runs),
     )
