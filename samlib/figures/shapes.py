@@ -125,7 +125,9 @@ def forest(verdict: Verdict, label: Callable[[Any], str] | None = None, log: boo
         if log:
             axis.set_xscale("log")
         left, right = axis.get_xlim()
-        if np.isfinite([low, high]).any():
+        if finite := [end for end in (low, high) if np.isfinite(end)]:
+            # A band that no unit lies in is shown all the same.
+            left, right = min(left, *finite), max(right, *finite)
             axis.axvspan(max(low, left), min(high, right), color=COLOURS["loss"], alpha=0.13, linewidth=0, zorder=0)
             axis.set_xlim(left, right)
         axis.set_yticks([*range(last), last], [*order, "all"])
