@@ -24,12 +24,12 @@ from samlib.claims.graphsam import (
     WITHIN,
     intervals,
 )
+from samlib.claims.graphsam_readings import ages, final_error, method, of_cycles, of_edges, of_quality, period
 from samlib.claims.graphsam_runs import configs, costs
 from samlib.config import RunConfig
 from samlib.edges import sam_edge
 from samlib.edges_cached import held_edge, rotation_period
 from samlib.figures import graphsam as pictures
-from samlib.figures.graphsam_readings import ages, final_error, method, of_cycles, of_edges, of_quality, period
 from samlib.toys.cached import BASES, departure, identity
 
 from .conftest import ROOT, small_config

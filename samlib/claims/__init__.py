@@ -3,7 +3,7 @@
 from .base import Chapter, Claim, Evidence, Unit, Verdict, bootstrap, evaluate, last_half, paired
 from .chapters import CHAPTERS, publish_toys, published_toys
 from .paper import CLAIMS
-from .verdicts import agrees_with_record, of_chapter, record, summary, table, verdicts
+from .verdicts import agrees_with_record, of_chapter, record, recorded, summary, table, verdicts
 
 __all__ = [
     "CHAPTERS",
@@ -22,6 +22,7 @@ __all__ = [
     "publish_toys",
     "published_toys",
     "record",
+    "recorded",
     "summary",
     "table",
     "verdicts",

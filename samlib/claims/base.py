@@ -101,7 +101,7 @@ class Verdict:
         claim: which.
         experiment: or chapter.
         profile: of the runs.
-        leading: whether this profile speaks for the experiment, see :func:`samlib.figures.leading`.
+        leading: whether this profile speaks for the experiment, see :func:`samlib.selection.leading`.
         outcome: "reproduced", "partly", "not reproduced", or "not recorded" if nothing bears on it.
         value: the statistic over all units, by default its median, with ``low`` and ``high``, a 95 % interval.
         supporting: units that support the claim, of ``total``.

@@ -12,7 +12,11 @@ from typing import Any
 import pandas as pd
 
 from ..edges import sam_edge
-from ..figures.graphsam_readings import (
+from ..optim import EPSILON
+from ..runs import Run
+from ..toys.cached import identity
+from .base import Chapter, Claim, Evidence, Unit, last_half, paired
+from .graphsam_readings import (
     ages,
     differences,
     in_order,
@@ -23,10 +27,6 @@ from ..figures.graphsam_readings import (
     period,
     refresh,
 )
-from ..optim import EPSILON
-from ..runs import Run
-from ..toys.cached import identity
-from .base import Chapter, Claim, Evidence, Unit, last_half, paired
 from .graphsam_runs import configs, cost
 
 __all__ = ["CHAPTER", "intervals"]

@@ -13,9 +13,9 @@ from torch import nn
 
 from ..config import RunConfig
 from ..experiments.task import Task
-from ..figures.graphsam_readings import METHODS
 from ..rules import optimizer
 from ..stepping import Closure, take
+from .graphsam_readings import METHODS
 
 __all__ = ["configs", "cost", "costs"]
 

@@ -9,14 +9,14 @@ from pathlib import Path
 import pandas as pd
 
 from ..experiments import PROFILES, title
-from ..figures import leading, standard
 from ..files import atomic_write
 from ..runs import published_path, published_runs
+from ..selection import leading, standard
 from .base import Evidence, Verdict, evaluate
 from .chapters import CHAPTERS, published_toys
 from .paper import CLAIMS
 
-__all__ = ["agrees_with_record", "of_chapter", "record", "summary", "table", "verdicts"]
+__all__ = ["agrees_with_record", "of_chapter", "record", "recorded", "summary", "table", "verdicts"]
 
 
 def verdicts(folder: Path | None = None) -> list[Verdict]:
@@ -41,6 +41,11 @@ def of_chapter(name: str, folder: Path | None = None) -> list[Verdict]:
     chapter = CHAPTERS[name]
     evidence = Evidence(published_runs(name, folder), published_toys(name, folder))
     return [evaluate(claim, evidence, name) for claim in chapter.claims]
+
+
+def recorded(name: str, folder: Path | None = None) -> tuple[int, int]:
+    """How many runs of a chapter are published, of those that it plans: till all are, its verdicts are provisional."""
+    return len(published_runs(name, folder)), len(CHAPTERS[name].configs())
 
 
 def _title(name: str) -> str:

@@ -1,5 +1,6 @@
 """Pictures and tables of recorded runs, for notebooks and pages."""
 
+from ..selection import changed, command, leading, standard, tidy, typical, with_spectrum
 from .paper import (
     alignments,
     banner,
@@ -13,7 +14,6 @@ from .paper import (
     losses,
     norms_and_edges,
 )
-from .selection import changed, command, leading, standard, tidy, typical, with_spectrum
 from .shapes import SHOWN, forest, panels
 from .style import COLOURS, LABELS, Figure, drawing, render
 

@@ -9,10 +9,10 @@ import pandas as pd
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure as Canvas
 
+from ..claims.graphsam_readings import ages, differences, method, of_cycles, of_edges, of_quality, period
 from ..edges import sam_edge
 from ..optim import EPSILON
 from ..runs import Run
-from .graphsam_readings import ages, differences, method, of_cycles, of_edges, of_quality, period
 from .shapes import SHOWN, panels
 from .style import COLOURS, FOREGROUND, Figure, drawing, key, plain_log
 

@@ -18,7 +18,7 @@ from matplotlib.figure import Figure as Canvas
 
 from ..experiments import find, title
 from ..runs import Run
-from .selection import changed, edge_of, grouped, leading, ordered, tidy
+from ..selection import changed, edge_of, grouped, leading, ordered, tidy
 from .shapes import panels
 from .style import COLOURS, FOREGROUND, LABELS, STYLE, Figure, drawing, plain_log
 

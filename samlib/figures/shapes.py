@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import html
 from collections.abc import Callable, Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import matplotlib as mpl
 import numpy as np
@@ -12,11 +12,9 @@ import pandas as pd
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure as Canvas
 
+from ..claims import Verdict
 from ..runs import Run
 from .style import COLOURS, FOREGROUND, STYLE, Figure, drawing, plain_log, render
-
-if TYPE_CHECKING:
-    from ..claims import Verdict
 
 __all__ = ["SHOWN", "forest", "panels"]
 

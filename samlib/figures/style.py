@@ -14,15 +14,16 @@ from dataclasses import dataclass
 from typing import Any
 
 import matplotlib as mpl
+import matplotlib.lines
 import matplotlib.ticker
 import pandas as pd
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure as Canvas
 
 from ..runs import Run
-from .selection import command
+from ..selection import command
 
-__all__ = ["COLOURS", "FOREGROUND", "LABELS", "STYLE", "Figure", "drawing", "plain_log", "render"]
+__all__ = ["COLOURS", "FOREGROUND", "LABELS", "STYLE", "Figure", "drawing", "key", "plain_log", "render"]
 
 FOREGROUND = "#010203"  # becomes the page's text colour
 
@@ -149,6 +150,22 @@ def drawing(
         data = draw(canvas)
         svg = render(canvas, alt)
     return Figure(svg, alt, caption, data, tuple(runs), name)
+
+
+def key(canvas: Canvas, entries: dict[str, str]) -> None:
+    """Names in their colours above the panels: a legend that needs no swatches to be looked up."""
+    handles = [mpl.lines.Line2D([], [], color=c, linewidth=2.4) for c in entries.values()]
+    canvas.legend(
+        handles,
+        list(entries),
+        labelcolor=list(entries.values()),
+        loc="outside upper left",
+        ncols=len(entries),
+        frameon=False,
+        handlelength=1.2,
+        columnspacing=1.4,
+        prop={"weight": "bold", "size": 10},
+    )
 
 
 def plain_log(axis: Axes) -> None:

@@ -8,9 +8,9 @@ from typing import Any
 
 import pandas as pd
 
-from ..config import RunConfig, default_of
-from ..rules import RULES
-from ..runs import Run
+from .config import RunConfig, default_of
+from .rules import RULES
+from .runs import Run
 
 __all__ = [
     "changed",
