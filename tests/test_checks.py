@@ -382,6 +382,17 @@ def test_without_the_check_nothing_is_refused():
     assert objective.value(params) != objective.value(params)
 
 
+def test_large_chunks_in_single_precision():
+    """A chunk against four rows: their part in the loss of both is far below the rounding of large numbers."""
+    torch.manual_seed(0)
+    model, x, y = nn.Linear(2, 3), torch.randn(300_000, 2), torch.randint(0, 3, (300_000,))
+    params = flatten_parameters(model)
+    for loss in (F.cross_entropy, nn.CrossEntropyLoss(weight=torch.tensor([1.0, 2.0, 5.0]))):
+        y[250_000:] = 1
+        chunked = Objective(model, loss, x, y, chunk_size=250_000).value(params)
+        torch.testing.assert_close(chunked, loss(model(x), y).detach(), rtol=1e-5, atol=0)
+
+
 @settings(max_examples=30, deadline=None)
 @given(st.integers(0, 999), st.integers(1, 60), st.integers(1, 60), st.floats(-2, 2))
 def test_single_precision_is_no_reason_to_refuse(seed, count, size, exponent):

@@ -157,19 +157,16 @@ class Reduction:
         sizes = [rows.size, size]
         beside = concatenate([rows.outputs, outputs], sizes), concatenate([rows.targets, targets], sizes)
         together, both = self._gradient(*beside, sum(sizes))
-        a, exact = self._factor(both[: rows.size], rows.gradient)
+        a, additive = self._factor(both[: rows.size], rows.gradient)
         b: float | None = None
-        exact &= a > 1000 * self._eps
+        additive &= a > 0
         if gradient.isfinite().all() and gradient.any():
             b, also = self._factor(both[rows.size :], gradient)
             parts = torch.stack([a * rows.loss, b * loss]).double()
-            exact &= (
-                also
-                and b > 1000 * self._eps
-                and bool((together - parts.sum()).abs() <= 1000 * self._eps * parts.abs().sum())
-            )
+            fits = (together - parts.sum()).abs() <= 1000 * self._eps * parts.abs().sum()
+            additive &= also and b > 0 and bool(fits)
         self.losses.append(loss)
-        self._compared.append(_Comparison(a, b, exact))
+        self._compared.append(_Comparison(a, b, additive))
 
     def _factor(self, gradient: Tensor, alone: Tensor) -> tuple[float, bool]:
         """The factor from one gradient to another, and whether there is one."""
