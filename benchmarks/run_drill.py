@@ -1,7 +1,7 @@
 """Kill ``samlib run`` at random moments, again and again, and compare what comes out with an undisturbed run.
 
     python benchmarks/run_drill.py               # 100 kills over rules and bases, some minutes
-    python benchmarks/run_drill.py --kills 12 --steps 400       # what the tests run
+    python benchmarks/run_drill.py --kills 12 --steps 300 --fork        # what the tests run, in seconds
 
 Fails unless every measurement is the undisturbed one's, bit for bit, every run continued from its last checkpoint, none
 was trained again after it was done, and nothing is left in the store but the finished run.
@@ -10,7 +10,9 @@ was trained again after it was done, and nothing is left in the store but the fi
 from __future__ import annotations
 
 import argparse
+import importlib
 import json
+import multiprocessing
 import os
 import random
 import shutil
@@ -25,7 +27,8 @@ from typing import Any
 import pandas as pd
 from sweep_drill import check_journals, until
 
-from samlib import RunConfig, RunStore, train
+from samlib import RunConfig, RunStore, train, trajectory
+from samlib.cli import app
 from samlib.journal import PROGRESS, Journal
 
 TARGET = Path(__file__).parent / "results" / "run_drill.json"
@@ -34,32 +37,52 @@ RATES = {"sgd": 0.05, "adam": 0.003}
 KEPT = {"config.json", "measurements.parquet", "status.json"}
 
 
+class Forked:
+    """``samlib run`` in a copy of this process, which has imported everything: that takes longer than the training."""
+
+    def __init__(self, words: list[str], env: dict[str, str], log: Any) -> None:
+        self.process = multiprocessing.get_context("fork").Process(target=self._run, args=(words, env, log.fileno()))
+        self.process.start()
+
+    def _run(self, words: list[str], env: dict[str, str], log: int) -> None:
+        os.dup2(log, 1)
+        os.dup2(log, 2)
+        os.environ.update(env)
+        trajectory.CHECKPOINT_SECONDS = float(env["SAMLIB_CHECKPOINT_SECONDS"])
+        app(words)
+
+    def poll(self) -> int | None:
+        return self.process.exitcode
+
+    def kill(self) -> None:
+        self.process.kill()
+
+    def wait(self) -> int | None:
+        self.process.join()
+        return self.process.exitcode
+
+
 class Drill:
     """One run that is being killed."""
 
-    def __init__(self, settings: dict[str, Any], folder: Path, randomness: random.Random) -> None:
+    def __init__(self, settings: dict[str, Any], folder: Path, randomness: random.Random, fork: bool) -> None:
         self.config = RunConfig(**settings)
-        self.steps, self.random = self.config.steps, randomness
+        self.random, self.fork = randomness, fork
         self.store, self.log = RunStore(folder / "store"), folder / "log.txt"
         self.journal = Journal(folder / "journal.jsonl")
         self.step, self.kills = -1, Counter[str]()
         folder.mkdir(parents=True)
         given = {name: value for name, value in settings.items() if name != "experiment"}
-        self.command = [
-            sys.executable,
-            "-m",
-            "samlib.cli",
-            "run",
-            settings["experiment"],
-            "--store",
-            str(self.store.path),
-        ]
-        self.command += [word for name, value in given.items() for word in ("--set", f"{name}={value}")]
-        self.env = {**os.environ, PROGRESS: str(self.journal.path), "SAMLIB_CHECKPOINT_SECONDS": "0.05"}
+        self.words = ["run", settings["experiment"], "--store", str(self.store.path)]
+        self.words += [word for name, value in given.items() for word in ("--set", f"{name}={value}")]
+        self.env = {PROGRESS: str(self.journal.path), "SAMLIB_CHECKPOINT_SECONDS": "0.05"}
 
-    def start(self) -> subprocess.Popen[bytes]:
+    def start(self) -> Any:
         with self.log.open("ab") as log:
-            return subprocess.Popen(self.command, env=self.env, stdout=log, stderr=log)
+            if self.fork:
+                return Forked(self.words, self.env, log)
+            command, env = [sys.executable, "-m", "samlib.cli", *self.words], {**os.environ, **self.env}
+            return subprocess.Popen(command, env=env, stdout=log, stderr=log)
 
     def reached(self) -> int:
         """The furthest step that was measured."""
@@ -70,7 +93,7 @@ class Drill:
         """Start the run and kill it: soon after a step, or somewhere on its way there, imports and loading included."""
         process = self.start()
         if moment is None:
-            time.sleep(self.random.uniform(0, 3))  # the moment is random, nothing waits for it
+            time.sleep(self.random.uniform(0, 0.3 if self.fork else 3))  # the moment is random, nothing waits for it
         else:
             until(lambda: process.poll() is not None or self.reached() >= moment, f"step {moment}")
             time.sleep(self.random.uniform(0, 0.05))
@@ -80,8 +103,11 @@ class Drill:
         assert ended in (0, -9), self.log.read_text(encoding="utf-8")
 
     def finish(self) -> None:
-        """Let it come to its end, and compare."""
+        """Let it come to its end."""
         assert self.start().wait() == 0, self.log.read_text(encoding="utf-8")
+
+    def compare(self) -> None:
+        """The run is the undisturbed one, and nothing else is left."""
         undisturbed = train(self.config)
         run = self.store.load(undisturbed.id)
         assert run is not None
@@ -106,6 +132,7 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=2000)
     parser.add_argument("--rules", default="sam,usam")
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--fork", action="store_true", help="start runs from a process that has imported everything")
     parser.add_argument("--write", action="store_true", help=f"write {TARGET.relative_to(Path(__file__).parents[1])}")
     options = parser.parse_args()
 
@@ -113,16 +140,22 @@ def main() -> None:
     small = {"experiment": "mnist", "rho": 0.1, "data": "standin", "examples": 100, "width": 16, "depth": 3}
     small |= {"steps": options.steps, "measure_every": 10}
     kinds = [(rule, base) for rule in options.rules.split(",") for base in BASES]
-    result: dict[str, Any] = {}
+    if options.fork:  # what a run imports on its way
+        importlib.import_module("torch._dynamo")
+        RunConfig(**small, learning_rate=0.1).load_dataset()
+    drills: dict[str, Drill] = {}
     for i, (rule, base) in enumerate(kinds):
         settings = {**small, "rule": rule, "base": base, "learning_rate": RATES[base], **BASES[base]}
-        drill = Drill(settings, folder / f"{rule}-{base}", randomness)
+        drill = drills[f"{rule} {base}"] = Drill(settings, folder / f"{rule}-{base}", randomness, options.fork)
         count = options.kills // len(kinds) + (i < options.kills % len(kinds))
         for moment in moments(count, options.steps, randomness):
             drill.kill(moment)
         drill.finish()
-        result[f"{rule} {base}"] = {**drill.kills, **check_journals([drill.journal.path])}
-        print(f"{rule} {base}: {result[f'{rule} {base}']}", flush=True)
+    result: dict[str, Any] = {}
+    for name, drill in drills.items():  # last: who has trained can no longer be forked
+        drill.compare()
+        result[name] = {"kills": dict(drill.kills), **check_journals([drill.journal.path])}
+        print(f"{name}: {result[name]}", flush=True)
     if options.write:
         TARGET.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
     shutil.rmtree(folder)

@@ -85,6 +85,9 @@ def run(
         configs = list(dict.fromkeys(_config(point) for point in points))
         reporter, kept = _Reporter(as_json), RunStore(store)
         if publish:
+            for config in {config.data: config for config in configs}.values():
+                if config.load_dataset().standin:
+                    raise StoreError("stand-in data would be used, and only runs on real data can be published")
             kept.adopt(published_runs(experiment))
         runs = train_grid(configs, kept, jobs, budget, reporter.progress, reporter.done)
         if publish and runs:

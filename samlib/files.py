@@ -6,7 +6,7 @@ import os
 import uuid
 from pathlib import Path
 
-__all__ = ["PROJECT", "atomic_write"]
+__all__ = ["PROJECT", "as_path", "as_text", "atomic_write"]
 
 _PARENT = Path(__file__).parents[1]
 PROJECT = _PARENT if (_PARENT / "_toc.yml").exists() else None
@@ -29,3 +29,13 @@ def atomic_write(path: Path, content: bytes) -> None:
     except BaseException:
         part.unlink(missing_ok=True)  # a full disk is not made fuller
         raise
+
+
+def as_text(path: str | os.PathLike[str]) -> str:
+    """A path as it reads in UTF-8, for files and processes of another locale than this one's."""
+    return os.fsencode(path).decode("utf-8", "surrogateescape")
+
+
+def as_path(text: str) -> Path:
+    """The path that :func:`as_text` made a text of."""
+    return Path(os.fsdecode(text.encode("utf-8", "surrogateescape")))

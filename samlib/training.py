@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import os
+import threading
 import time
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
@@ -108,9 +109,8 @@ def train_grid(
     for run in filter(None, completed.values()):
         done(run)
     missing = [config for config, run in completed.items() if run is None]
-    tasks = (
-        joblib.delayed(_train_or_stop)(c, store, threads, progress if jobs == 1 else None, deadline) for c in missing
-    )
+    parent, shown = (os.getpid(), None) if jobs > 1 else (None, progress)
+    tasks = (joblib.delayed(_train_or_stop)(c, store, threads, shown, deadline, parent) for c in missing)
     for config, run in zip(missing, joblib.Parallel(jobs, return_as="generator")(tasks), strict=True):
         completed[config] = run
         if run is not None:
@@ -142,10 +142,24 @@ def _dataset(config: RunConfig) -> Dataset:
 
 
 def _train_or_stop(
-    config: RunConfig, store: RunStore, threads: int, progress: Progress | None, deadline: float
+    config: RunConfig,
+    store: RunStore,
+    threads: int,
+    progress: Progress | None,
+    deadline: float,
+    parent: int | None = None,
 ) -> Run | None:
+    if parent and not any(thread.name == "end with parent" for thread in threading.enumerate()):
+        threading.Thread(target=_end_with, args=[parent], name="end with parent", daemon=True).start()
     torch.set_num_threads(threads)
     try:
         return None if time.time() > deadline else train(config, store, progress, deadline)
     except OutOfTime:
         return None
+
+
+def _end_with(parent: int) -> None:
+    """A process that trains for another ends when that one was killed, and does not go on unseen."""
+    while os.getppid() == parent:
+        time.sleep(1)
+    os._exit(1)

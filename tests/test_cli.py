@@ -44,6 +44,12 @@ def test_json_output(tmp_path):
     assert record["provenance"]["standin"] is True
 
 
+def test_what_cannot_be_published_is_not_trained_first(tmp_path):
+    result = call(*RUN, "--publish", "--store", str(tmp_path / "store"))
+    assert (result.exit_code, "only runs on real data can be published" in result.output) == (2, True)
+    assert not (tmp_path / "store").exists()
+
+
 def test_a_diverged_run_is_not_an_error(tmp_path):
     arguments = ["run", "mnist", "--learning-rate", "1000", "--rho", "0", "--steps", "50", "--data", "standin", *SMALL]
     result = call(*arguments, "--store", str(tmp_path / "store"))

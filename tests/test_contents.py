@@ -144,6 +144,15 @@ def test_a_configuration_that_cannot_be_read_is_named(book, tmp_path):
         build(tmp_path)
 
 
+def test_a_link_that_an_editor_leaves_is_no_page(book, tmp_path):
+    toc = book(HEAD + "[glob: notebooks/*]")
+    (tmp_path / "notebooks" / ".#one.ipynb").symlink_to("somebody@somewhere")
+    (tmp_path / "book" / ".#a.md").symlink_to("somebody@somewhere")
+    assert notebooks_in(toc) == ["notebooks/one"]
+    stage = site_build._stage(tmp_path, contents.read_config(tmp_path), documents(toc))
+    assert sorted(p.name for p in (stage / "notebooks").iterdir()) == ["deep", "one.ipynb", "two.ipynb"]
+
+
 @pytest.mark.parametrize("failing", ["notebook", "site"])
 def test_the_old_site_stays_until_the_new_one_is_complete(failing, book, tmp_path):
     book(TOC)
@@ -170,6 +179,11 @@ def test_pages_elsewhere_and_a_bare_configuration_make_a_book_too(tmp_path):
     (tmp_path / "_config.yml").write_text("title: η\n", encoding="utf-8")
     toc = "format: jb-book\nroot: intro.md\nchapters: [{file: chapters/one.ipynb}]"
     (tmp_path / "_toc.yml").write_text(toc, encoding="utf-8")
+    (tmp_path / "elsewhere" / "old").mkdir(parents=True)
+    (tmp_path / "_build").mkdir()
+    (tmp_path / "_build" / "html").symlink_to(tmp_path / "elsewhere")
     build(tmp_path)
+    assert (tmp_path / "_build" / "html").is_symlink()
+    assert not (tmp_path / "elsewhere" / "old").exists()
     assert "EXECUTED 42" in (tmp_path / "_build/html/chapters/one.html").read_text(encoding="utf-8")
     assert "größer" in (tmp_path / "_build/html/intro.html").read_text(encoding="utf-8")

@@ -8,6 +8,7 @@ import pytest
 from typer.testing import CliRunner
 
 from samlib.cli import app
+from samlib.sweeps import load
 from samlib.terminal import given_once, pairs, seconds
 
 from .conftest import ROOT
@@ -51,9 +52,11 @@ def test_what_is_wrong_is_said_on_every_terminal(charset, tmp_path):
 
 
 def test_text_goes_through_the_locale_c_as_it_is(tmp_path):
-    path = notebook(tmp_path / "höhe.ipynb", "name: str = ''", "from samlib.journal import record\nrecord(said=name)")
+    cell = "open(f'{name}.txt', 'w').write(f'η of {name}')\nfrom samlib.journal import record\nrecord(said=name)"
+    (tmp_path / "überall").mkdir()
+    path = notebook(tmp_path / "überall" / "höhe.ipynb", "name: str = ''\nstore: str = ''", cell)
     (tmp_path / "größe.yaml").write_text("grid: {name: [größe, 日本]}\n", encoding="utf-8")
-    out = tmp_path / "aus"
+    out = tmp_path / "überall" / "日本"
 
     def samlib(*words):
         command = [sys.executable, "-m", "samlib.cli", *map(str, words)]
@@ -70,6 +73,11 @@ def test_text_goes_through_the_locale_c_as_it_is(tmp_path):
     page = (out / "report.html").read_text(encoding="utf-8")
     assert "größe" in page
     assert "日本" in page
+    assert (tmp_path / "größe.txt").read_text(encoding="utf-8") == "η of größe"
+    # And what was begun there goes on here.
+    result = call("sweep", path, "--config", "größe.yaml", "--out", out)
+    assert (result.exit_code, "2 of 2 points are done already" in result.output) == (0, True), result.output
+    assert str(load(out).notebook) == str(path)
 
 
 def test_an_argument_in_bytes_is_text():

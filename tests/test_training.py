@@ -8,6 +8,7 @@ import time
 
 import numpy as np
 import pandas as pd
+import psutil
 import pytest
 import torch
 
@@ -272,6 +273,26 @@ def test_a_grid_in_processes_equals_one_after_the_other(store, tmp_path):
     for first, second in zip(alone, beside, strict=True):
         pd.testing.assert_frame_equal(values(first), values(second), rtol=1e-3)
     assert train_grid([small_config(seed=9)], store, time_budget=1e-9) == []
+
+
+def test_processes_that_train_for_another_end_when_that_one_is_killed(store):
+    script = """
+import sys
+from samlib import RunStore, train_grid
+from tests.conftest import small_config
+train_grid([small_config(seed=seed, steps=10**6) for seed in (0, 1)], RunStore(sys.argv[1]), jobs=2)
+"""
+    process = subprocess.Popen([sys.executable, "-c", script, str(store.path)], cwd=ROOT, stderr=subprocess.DEVNULL)
+    deadline = time.monotonic() + 120
+    while len(list(store.path.glob("*/checkpoint.pt"))) < 2:  # both are training
+        assert process.poll() is None
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+    started = psutil.Process(process.pid).children(recursive=True)
+    assert len(started) >= 2
+    process.kill()
+    process.wait()
+    assert psutil.wait_procs(started, timeout=60)[1] == []
 
 
 def test_cuda_where_there_is_none_is_refused(store, monkeypatch):

@@ -15,6 +15,7 @@ from typing import Any
 import filelock
 import yaml
 
+from ..files import as_text
 from ..sweeps.executing import execute
 from ..sweeps.notebooks import parameters
 from . import browser
@@ -58,7 +59,7 @@ def build(root: Path, profile: str = "quick", data: str = "auto", printed: bool 
     with filelock.FileLock(root / "_build" / ".lock"):
         stage = _stage(root, config, pages)
         stage_card(stage, config["title"])
-        _execute_all(root, stage, names, {"profile": profile, "data": data, "stage": str(stage)})
+        _execute_all(root, stage, names, {"profile": profile, "data": data, "stage": as_text(stage)})
         index = _jupyter_book(root, "html")
         clean_downloads(root, index.parent, names)
     return index
@@ -71,7 +72,9 @@ def _stage(root: Path, config: dict[str, Any], pages: list[Path]) -> Path:
     stage.mkdir(parents=True)
     for part in dict.fromkeys(["book", "notebooks", *(page.parts[0] for page in pages)]):
         if (root / part).is_dir():
-            shutil.copytree(root / part, stage / part, ignore=shutil.ignore_patterns(".ipynb_checkpoints"))
+            # A link that leads nowhere is an editor's way of saying that a file is open.
+            ignore = shutil.ignore_patterns(".ipynb_checkpoints")
+            shutil.copytree(root / part, stage / part, ignore=ignore, ignore_dangling_symlinks=True)
         elif (root / part).is_file():
             shutil.copy(root / part, stage)
     shutil.copy(root / "_toc.yml", stage)
@@ -142,8 +145,13 @@ def _jupyter_book(root: Path, builder: str) -> Path:
     made, target = fresh / "_build" / builder, root / "_build" / builder
     if done.returncode or not any(made.rglob("index.html")):
         raise BookError("jupyter-book failed; its messages are above")
-    shutil.rmtree(target, ignore_errors=True)
-    made.rename(target)
+    if target.is_symlink():  # the site is kept elsewhere
+        for old in target.iterdir():
+            shutil.rmtree(old) if old.is_dir() and not old.is_symlink() else old.unlink()
+        shutil.copytree(made, target, dirs_exist_ok=True)
+    else:
+        shutil.rmtree(target, ignore_errors=True)
+        made.rename(target)
     shutil.rmtree(fresh)
     return target / "index.html"
 

@@ -131,7 +131,7 @@ def _pages(root: Path) -> list[str]:
         [*_EXCLUDED, *read_config(root).get("exclude_patterns", ())] if (root / "_config.yml").exists() else _EXCLUDED
     )
     files = get_matching_files(root, exclude_patterns=excluded)
-    return list(dict.fromkeys(_stem(file) for file in files if file.endswith(SUFFIXES)))
+    return list(dict.fromkeys(_stem(file) for file in files if file.endswith(SUFFIXES) and (root / file).is_file()))
 
 
 def _stem(name: str) -> str:

@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
+from ..files import as_text
 from .notebooks import NotebookError, kernel_of, language_of, read
 from .processes import MARK, Workers, end_marked, start
 
@@ -73,8 +74,8 @@ def execute(
     part = target.with_name(f"{target.stem}.part.ipynb")
     paths = {"source": source, "part": part, "cwd": cwd, "log": log}
     mark = os.path.realpath(target)
-    request = {"values": dict(values), "env": {**(env or {}), MARK: mark}, "kernel": kernel}
-    request |= {name: str(path.absolute()) for name, path in paths.items()}
+    request = {"values": dict(values), "env": {**(env or {}), MARK: as_text(mark)}, "kernel": kernel}
+    request |= {name: as_text(path.absolute()) for name, path in paths.items()}
     log.touch()
     before = log.stat().st_size
     started = time.monotonic()

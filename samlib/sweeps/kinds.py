@@ -73,6 +73,13 @@ class Kind:
         except (ValueError, TypeError, OverflowError, KeyError, AttributeError, yaml.YAMLError):
             raise ValueError(f"must be {self}, got {value!r}") from None
 
+    def takes(self, value: Any) -> bool:
+        """Whether a value is allowed, as it is."""
+        try:
+            return self.convert(value) == value
+        except ValueError:
+            return False
+
     def _convert(self, value: Any) -> Any:
         if self.name == "choice":
             return _choose(self.choices, value)

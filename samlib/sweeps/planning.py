@@ -19,7 +19,7 @@ from typing import Any
 
 import filelock
 
-from ..files import atomic_write
+from ..files import as_path, as_text, atomic_write
 from .configuration import SweepError
 from .notebooks import NotebookError, Parameter, content_hash, kernel_of, parameters
 from .points import COLUMNS, Point, Status, has_result, status_of
@@ -90,15 +90,18 @@ class Sweep:
         raise SweepError(f"--out {self.out} holds a sweep {difference}; give another folder")
 
     def _create(self) -> None:
+        if self.out.is_symlink() and not self.out.exists():
+            raise SweepError(f"--out {self.out} is a link that leads nowhere; give a folder")
         if self.out.exists() and not self.out.is_dir():
             raise SweepError(f"--out {self.out} is a file; give a folder")
-        # What a sweep killed while it was being created may have left does not count.
-        ours = ("notebook.ipynb", ".lock")
+        # What a sweep killed while it was being created may have left does not count, nor does what is hidden.
         there = [f.name for f in self.out.iterdir()] if self.out.exists() else []
-        strangers = [name for name in there if name not in ours and not name.endswith(".part")]
+        strangers = [
+            name for name in there if name != "notebook.ipynb" and not name.endswith(".part") and name[0] != "."
+        ]
         if strangers and not (self.out / "sweep.json").exists():
             raise SweepError(f"--out {self.out} holds other files ({strangers[0]}); give a new or an empty folder")
-        plan = asdict(self) | {"version": _VERSION, "notebook": str(self.notebook), "cwd": str(self.cwd)}
+        plan = asdict(self) | {"version": _VERSION, "notebook": as_text(self.notebook), "cwd": as_text(self.cwd)}
         plan.pop("out")  # the folder may move
         self.out.mkdir(parents=True, exist_ok=True)
         with filelock.FileLock(self.out / ".lock"):  # the same sweep may be started several times at once
@@ -170,7 +173,9 @@ def plan(
         problems += _bad_runs(combined, known)
     if problems:
         raise SweepError(*problems)
-    own_store = known is not None and "store" in known and not any("store" in p for p in combined)
+    # A parameter of that name that takes no text means something else.
+    text = known is not None and "store" in known and known["store"].kind.takes("text")
+    own_store = text and not any("store" in p for p in combined)
     return Sweep(notebook.absolute(), digest, out.absolute(), Path.cwd(), own_store, tuple(made), kernel)
 
 
@@ -241,7 +246,7 @@ def load(out: str | os.PathLike[str]) -> Sweep:
         raise SweepError(f"{out} was written by another version of samlib; sweep into a new folder")
     try:
         points = tuple(Point(**point) for point in content.pop("points"))
-        notebook, cwd = Path(content.pop("notebook")), Path(content.pop("cwd"))
+        notebook, cwd = as_path(content.pop("notebook")), as_path(content.pop("cwd"))
         return Sweep(notebook=notebook, out=out, cwd=cwd, points=points, **content)
     except (KeyError, TypeError) as error:
         raise SweepError(f"{out / 'sweep.json'} cannot be read ({error})") from None

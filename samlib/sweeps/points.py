@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 import filelock
 
-from ..files import atomic_write
+from ..files import as_text, atomic_write
 from ..journal import PROGRESS, Journal, append
 from .executing import execute
 from .processes import Workers
@@ -132,7 +132,7 @@ def _execute(
     if not sweep.cwd.is_dir():
         return Status("failed", error=f"there is no folder {sweep.cwd} here; start the sweep in a folder all nodes see")
     atomic_write(folder / "params.json", json.dumps(point.params, indent=1).encode())
-    values = {**point.params, **({"store": str(sweep.out / "runs")} if sweep.store else {})}
+    values = {**point.params, **({"store": as_text(sweep.out / "runs")} if sweep.store else {})}
     progress = folder / "progress.jsonl"
     for attempt in itertools.count(1):
         append(progress, "attempt", number=attempt)
@@ -144,7 +144,7 @@ def _execute(
             sweep.cwd,
             folder / "log.txt",
             timeout=timeout,
-            env={**env, PROGRESS: str(progress)},
+            env={**env, PROGRESS: as_text(progress)},
             stop=stop,
             workers=workers,
             kernel=sweep.kernel,

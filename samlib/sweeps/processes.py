@@ -41,9 +41,10 @@ class Workers:
 
 def start() -> subprocess.Popen[bytes]:
     """A process that waits for a notebook."""
-    # In a session of its own: Ctrl-C is for this process, which then ends the other.
-    command = [sys.executable, "-m", "samlib.sweeps"]
-    return subprocess.Popen(command, stdin=subprocess.PIPE, start_new_session=True)
+    # In a session of its own: Ctrl-C is for this process, which then ends the other. A notebook's text is UTF-8 on
+    # every machine, so its cells' files are, too.
+    command, env = [sys.executable, "-m", "samlib.sweeps"], {**os.environ, "PYTHONUTF8": "1"}
+    return subprocess.Popen(command, stdin=subprocess.PIPE, start_new_session=True, env=env)
 
 
 def end_marked(mark: str) -> None:

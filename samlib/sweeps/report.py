@@ -15,7 +15,7 @@ import filelock
 import numpy as np
 import pandas as pd
 
-from ..files import atomic_write
+from ..files import as_text, atomic_write
 from .executing import execute
 from .planning import load
 from .points import COLUMNS, RESULTS
@@ -68,7 +68,7 @@ def report(folder: str | os.PathLike[str], allow_partial: bool = False) -> pd.Da
     atomic_write(folder / "table.parquet", buffer.getvalue())
     atomic_write(folder / "table.csv", frame.to_csv(index=False).encode())
     with filelock.FileLock(folder / ".lock"):
-        done = execute(_PAGE, folder / "report.ipynb", {"folder": str(folder)}, folder, folder / "report.log")
+        done = execute(_PAGE, folder / "report.ipynb", {"folder": as_text(folder)}, folder, folder / "report.log")
         if done.outcome != "finished":
             raise ReportError(f"the tables are written, but the report's notebook {done.outcome}:\n{done.error}")
         _write_html(folder / "report.ipynb")

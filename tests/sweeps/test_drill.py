@@ -75,7 +75,7 @@ def test_a_ray_node_that_dies_loses_nothing(drilled):
 
 def test_runs_that_are_killed_again_and_again_end_as_undisturbed_ones():
     """A dozen kills over rules and bases; the script itself compares, and checks that nothing was trained twice."""
-    command = [sys.executable, ROOT / "benchmarks" / "run_drill.py", "--kills=12", "--steps=300"]
+    command = [sys.executable, ROOT / "benchmarks" / "run_drill.py", "--kills=12", "--steps=300", "--fork"]
     done = subprocess.run(command, capture_output=True, encoding="utf-8", timeout=600)
     assert done.returncode == 0, done.stdout + done.stderr
     for kind in ("sam sgd", "sam adam", "usam sgd", "usam adam"):

@@ -113,10 +113,38 @@ def test_the_same_sweep_started_several_times_at_once_is_never_refused(tmp_path)
 def test_a_half_created_folder_is_completed(tmp_path):
     planned = sweep.plan(notebook(tmp_path / "n.ipynb", "a = 1"), tmp_path / "out", grid={"a": [1]})
     (tmp_path / "out").mkdir()
-    for left in (".lock", "notebook.ipynb", "sweep.json.0123456789ab.part"):
+    for left in (".lock", "notebook.ipynb", "sweep.json.0123456789ab.part", ".DS_Store"):
         (tmp_path / "out" / left).touch()
     planned.write()
     assert sweep.load(tmp_path / "out").points == planned.points
+
+
+def test_links_are_followed_and_one_that_leads_nowhere_is_named(tmp_path):
+    path = notebook(tmp_path / "n.ipynb", "a = 1")
+    (tmp_path / "disk").mkdir()
+    for name, target in (("link.ipynb", "n.ipynb"), ("out", "disk"), ("nowhere", "gone")):
+        (tmp_path / name).symlink_to(tmp_path / target)
+    sweep.plan(tmp_path / "link.ipynb", tmp_path / "out", grid={"a": [1]}).write()
+    sweep.plan(path, tmp_path / "disk", grid={"a": [1]}).write()  # the same
+    assert (tmp_path / "disk" / "notebook.ipynb").is_file()
+    result = samlib(path, "--grid", "a=1", "--out", tmp_path / "nowhere")
+    assert (result.exit_code, "is a link that leads nowhere" in result.stderr) == (2, True), result.output
+
+
+@pytest.mark.parametrize(
+    ("store", "own"),
+    [
+        ("store = 'runs'", True),
+        ("store: str", False),
+        ("store = 5", False),
+        ("store: list = []", False),
+        ("b = 1", False),
+    ],
+)
+def test_only_a_store_that_takes_text_and_is_not_given_is_the_run_store(store, own, tmp_path):
+    path = notebook(tmp_path / "n.ipynb", f"a = 1\n{store}")
+    given = {"store": "x"} if store == "store: str" else None
+    assert sweep.plan(path, tmp_path / "out", given, grid={"a": [1]}).store is own
 
 
 def test_a_damaged_plan_is_named(tmp_path):
