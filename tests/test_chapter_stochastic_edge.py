@@ -369,6 +369,8 @@ def test_claims_have_forest_plots(recorded):
         assert result.total
         assert np.isfinite([result.value, *result.claim.band]).any()
         assert "Forest plot" in forest(result).svg
+    # The band of K, from 0.8 to 1.2, is in the picture, though all units lie at 0.3.
+    assert ">1.0<" in forest(verdict("settles", recorded)).svg
 
 
 def test_the_published_runs_are_those_that_were_planned():

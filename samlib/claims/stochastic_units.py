@@ -169,7 +169,7 @@ def far(evidence: Evidence) -> list[Unit]:
 def _each(rows: pd.DataFrame, runs: dict[str, Run], numbers: list[str], supports: Callable[[Any], bool]) -> list[Unit]:
     """One unit per run; the first number is the statistic."""
     found = []
-    for row in rows.to_dict("records"):
+    for row in rows.sort_values(["examples", "batch_size", "seed"]).to_dict("records"):
         place = {"N": row["examples"], "B": row["batch_size"], "seed": row["seed"]}
         found.append(Unit(place, {n: row[n] for n in numbers}, bool(supports(row)), (runs[row["run_id"]],)))
     return found
@@ -263,6 +263,7 @@ def with_sam(table: pd.DataFrame) -> pd.DataFrame:
     table = table[(table.learning_rate == 1) & table.part.isin(("settling", "sam"))]
     same = ["batch_size", "seed"]
     found = table.merge(table[table.rho == 0], on=same, suffixes=("", "_plain"))
+    found = found.sort_values(["batch_size", "rho", "seed"], ignore_index=True)
     sizes = {name: found[name] / found[f"{name}_plain"] for name in ("kernel", "trace", "sgd_sharpness")}
     sizes["kernel"] = sizes["kernel"].where(found.batch_size < found.examples)  # the full batch has no noise
     both = {"trained": found.trained & found.trained_plain, "plain_id": found.run_id_plain}
