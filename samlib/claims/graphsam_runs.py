@@ -67,8 +67,8 @@ def configs() -> list[RunConfig]:
     sam = [_quality("esol", split, "SAM") for split in range(3, 8)]
     bbbp = [_quality("bbbp", split, name) for split in range(3, 8) for name in (*compared[1:], "base", "SAM")]
     first, *others = molecules(3)
-    start = [*mnist(3), *esol, first, *mnist(4), *others]
-    return [*start, *sam, *bbbp[:2], *mnist(5), *molecules(4), *bbbp[2:]]
+    start = [*mnist(3), *esol, *sam, first, *mnist(4), *others]
+    return [*start, *bbbp[:2], *mnist(5), *molecules(4), *bbbp[2:]]
 
 
 def cost() -> pd.DataFrame:
