@@ -85,8 +85,8 @@ def paired_table(runs: Sequence[Run], kinds: Sequence[Kind] = SAM_RUNS) -> pd.Da
         row = {"network": network, "ρ": f"{rho:g}", "rule": part, "at loss": f"{loss:g}"}
         for probe in PROBES:
             values = group[group.probe == probe].difference.dropna()
-            error = values.std(ddof=1) / np.sqrt(len(values)) if len(values) > 1 else np.nan
-            row[probe] = f"{values.mean():+.1f} ± {error:.1f}" if len(values) else "–"
+            error = f" ± {values.sem():.1f}" if len(values) > 1 else ""
+            row[probe] = f"{values.mean():+.1f}{error}" if len(values) else "–"
             row[f"{probe} better"] = f"{(values < 0).sum()} of {len(values)}"
         one = group[group.probe == "object"]
         row["steps ÷ SGD's"] = f"{one.steps.mean():.1f}"
