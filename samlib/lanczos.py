@@ -143,5 +143,5 @@ def _good_enough(theta: Tensor, residuals: Tensor, scale: Tensor, tol: float, lo
     if theta[-1].abs() < scale:
         tolerance[-1] = low_tol
     met = residuals <= tolerance * scale
-    met[-1] |= bool(theta[-1].abs() < scale and theta[-1].abs() + 2 * residuals[-1] < scale)
+    met[-1] |= bool(low_tol > tol and theta[-1].abs() + 2 * residuals[-1] < scale)  # clearly below the norm
     return bool(met.all())

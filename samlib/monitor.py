@@ -20,7 +20,7 @@ from .hessian import HessianOperator
 from .lanczos import lanczos_ends
 from .laws import EdgeLaw, edge_law
 from .objective import Loss, Objective
-from .objective.isolation import undisturbed
+from .objective.isolation import isolated, undisturbed
 from .optim import SAM, uphill
 from .optim.precision import norm
 from .processes import Processes, SharedHessian
@@ -92,7 +92,7 @@ class EdgeMonitor:
     >>> data = torch.tensor([[1.0, 0.0], [0.0, 2.0]]), torch.ones(2, 1)
     >>> row = EdgeMonitor(model, nn.functional.mse_loss, data, optimizer).measure()
     >>> round(row["sharpness"], 2), round(row["edge"], 2), row.law
-    (5.37, 38.0, 'gradient descent with momentum 0.9')
+    (5.3, 38.0, 'gradient descent with momentum 0.9')
     """
 
     def __init__(
@@ -118,6 +118,9 @@ class EdgeMonitor:
         if max_basis is not None and max_basis < eigenvalues + 3:
             raise ValueError(f"max_basis must be at least eigenvalues + 3 = {eigenvalues + 3}, got {max_basis}")
         edge_law(optimizer)  # refuses what is none
+        own = {id(p) for p in model.parameters()}
+        if not any(id(p) in own for group in optimizer.param_groups for p in group["params"]):
+            raise ValueError("the optimizer moves none of the model's parameters; pass the one that trains this model")
         self.model, self.optimizer, self.evaluation = _unwrapped(model), optimizer, evaluation
         self.eigenvalues, self.tol, self.max_basis = eigenvalues, tol, max_basis
         self.law = EdgeLaw("", reason="nothing has been measured yet")
@@ -150,7 +153,7 @@ class EdgeMonitor:
             raise RuntimeError(
                 "the weights are at SAM's perturbed point: measure before first_step or after second_step"
             )
-        with undisturbed(self.model, self._data[0], self.evaluation):
+        with undisturbed(self.model, self._data[0], self.evaluation), isolated(self._objective.layout.device):
             self._build()
             self._calls += 1
             return self._measure()
