@@ -22,8 +22,6 @@ __all__ = ["Processes", "SharedHessian"]
 
 T = TypeVar("T")
 
-PRODUCT, END = 1, 0  # what the first process says that comes next
-
 
 class Processes:
     """A group of processes that hold the same weights, and each its own share of the examples.
@@ -74,6 +72,11 @@ class Processes:
             found = function()
         except Exception as error:
             mine = error
+        self.agree(mine)
+        return found  # type: ignore[return-value]
+
+    def agree(self, mine: Exception | None) -> None:
+        """Raise this process's error, or one that tells of another's; nothing if there is none in any."""
         reasons: list[Any] = [None] * self.count
         distributed.all_gather_object(reasons, _said(mine), group=self._group)
         if mine:
@@ -81,7 +84,6 @@ class Processes:
         for rank, reason in enumerate(reasons):
             if reason:
                 raise RuntimeError(f"process {rank} failed: {reason}")
-        return found  # type: ignore[return-value]
 
     def weights(self, params: Tensor) -> Tensor:
         """The weights (P,) of the first process, in all.
@@ -124,31 +126,27 @@ class Processes:
         """What a function of the Hessian returns in the first process, in all; the others help with its products."""
         if self.rank:
             return self._follow(hessian)
-        hessian.before = lambda: self._next(PRODUCT)
         try:
             found = solve(hessian)
         except BaseException as error:
             with suppress(Exception):  # whoever is still there
-                self._next(END)
+                hessian.announce(None)
                 self.tell((None, _said(error)))
             raise
-        self._next(END)
+        hessian.announce(None)
         return self.tell((found, None))[0]
 
     def _follow(self, hessian: SharedHessian) -> Any:
         mine = None
-        while self._next(END) == PRODUCT:
+        while (vector := hessian.announce(None)) is not None:
             try:
-                hessian @ torch.zeros_like(hessian.gradient)
+                hessian.product(vector)
             except Exception as error:  # the first process knows of it, and will say so
                 mine = error
         found, reason = self.tell((None, None))
         if reason:
             raise mine or RuntimeError(f"process 0 failed: {reason}")
         return found
-
-    def _next(self, step: int) -> int:
-        return int(self.same(torch.tensor(step)))
 
 
 class SharedHessian:
@@ -161,7 +159,6 @@ class SharedHessian:
 
     Attributes:
         value, gradient: the loss () and its gradient (P,).
-        before: called before a product.
         shape, dtype, device, params: as of a :class:`samlib.HessianOperator`.
     """
 
@@ -169,16 +166,33 @@ class SharedHessian:
         self._local, self._share, self._processes = local, share, processes
         self.shape, self.dtype, self.device, self.params = local.shape, local.dtype, local.device, local.params
         self.value, self.gradient = processes.sum(share * local.value), processes.sum(share * local.gradient)
-        self.before: Callable[[], Any] = lambda: None
 
     def matvec(self, vector: Tensor) -> Tensor:
         """H v for v of shape (P,)."""
-        self.before()
-        vector = self._processes.same(vector)
-        product = self._processes.together(lambda: self._share * (self._local @ vector))
-        return self._processes.sum(product)
+        return self.product(self.announce(vector))
 
     __matmul__ = matvec
+
+    def announce(self, vector: Tensor | None) -> Tensor | None:
+        """The first process's vector, in all; None where it gives none."""
+        message = self.gradient.new_zeros(self.shape[0] + 1)
+        if vector is not None:
+            message[:-1], message[-1] = vector, 1.0
+        message = self._processes.same(message)
+        return message[:-1] if message[-1] else None
+
+    def product(self, vector: Tensor | None) -> Tensor:
+        """H v for a vector that all have."""
+        assert vector is not None
+        terms, mine = self.gradient.new_zeros(self.shape[0] + 1), None
+        try:
+            terms[:-1] = self._share * (self._local @ vector)
+        except Exception as error:
+            mine, terms[-1] = error, 1.0
+        total = self._processes.sum(terms)
+        if total[-1]:
+            self._processes.agree(mine)
+        return total[:-1]
 
 
 def _said(error: BaseException | None) -> str | None:
