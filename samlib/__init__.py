@@ -23,6 +23,7 @@ _HOME = {
     "growth_factor": "stability",
     "spectral_radius": "stability",
     "two_cycle_radius": "stability",
+    "EdgeMonitor": "monitor",
     "Objective": "objective",
     "SAM": "optim",
     "frozen_batch_statistics": "optim",
@@ -87,6 +88,7 @@ if TYPE_CHECKING:
     from .hessian import HessianOperator
     from .laws import EdgeLaw, edge_law
     from .models import CNN, MLP, Transformer
+    from .monitor import EdgeMonitor
     from .objective import Objective
     from .optim import SAM, frozen_batch_statistics, gd_step, sam_step
     from .runs import Run, RunStore, published_runs

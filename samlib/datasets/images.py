@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import gzip
+import sys
+from importlib import import_module
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -11,7 +14,7 @@ import torch
 from .base import Source, Tensors, take
 from .files import RemoteFile
 
-__all__ = ["CIFAR10", "MNIST"]
+__all__ = ["CIFAR10", "MNIST", "from_torchvision"]
 
 _MNIST_MIRRORS = (
     "https://ossci-datasets.s3.amazonaws.com/mnist/",
@@ -43,7 +46,7 @@ def _load_mnist(paths: list[Path]) -> tuple[np.ndarray, ...]:
 
 
 def _load_cifar10(paths: list[Path]) -> tuple[np.ndarray, ...]:
-    datasets = _torchvision_datasets()
+    datasets = from_torchvision("datasets")
     first_batch = next(entry for entry in datasets.CIFAR10.train_list if entry[0] == paths[0].name)
     FirstBatch = type("FirstBatch", (datasets.CIFAR10,), {"train_list": [first_batch]})
     root = str(paths[0].parent.parent)
@@ -52,27 +55,27 @@ def _load_cifar10(paths: list[Path]) -> tuple[np.ndarray, ...]:
     return *train, *test
 
 
-def _torchvision_datasets():
-    """``torchvision.datasets``, also beside a PyTorch without torchvision's compiled operators.
+_operators: Any = None  # what is declared lives as long as its library
+
+
+def from_torchvision(module: str) -> Any:
+    """A module of torchvision, also beside a PyTorch without torchvision's compiled operators.
 
     A CPU build of torch beside a CUDA build of torchvision fails on import with "operator torchvision::nms does not
-    exist". Declaring the two operators that the import looks up makes the data sets usable.
+    exist". Declaring the two operators that the import looks up makes data sets and classifiers usable.
     """
     try:
-        import torchvision.datasets as datasets
+        return import_module(f"torchvision.{module}")
     except RuntimeError as error:
         if "torchvision::" not in str(error):
             raise
-        import sys
-
-        for module in [m for m in sys.modules if m.split(".")[0] == "torchvision"]:
-            del sys.modules[module]
+        for name in [m for m in sys.modules if m.split(".")[0] == "torchvision"]:
+            del sys.modules[name]
         global _operators
         _operators = torch.library.Library("torchvision", "DEF")
         _operators.define("nms(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
         _operators.define("qnms(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
-        import torchvision.datasets as datasets
-    return datasets
+        return import_module(f"torchvision.{module}")
 
 
 def _digits() -> tuple[np.ndarray, ...]:

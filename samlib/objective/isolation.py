@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import random
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
+from typing import Any
 
+import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-__all__ = ["isolated", "leaf"]
+__all__ = ["isolated", "leaf", "undisturbed"]
 
 
 @contextmanager
@@ -41,3 +44,33 @@ def leaf(params: Tensor, own: bool = False) -> Tensor:
     """A leaf to differentiate by, with the values of a vector; its ``own`` ones, or shared where that can be."""
     w = params.detach()
     return (w.clone() if own or w.is_inference() else w).requires_grad_()
+
+
+@contextmanager
+def undisturbed(model: nn.Module, data: Any = None, evaluation: bool = True) -> Iterator[None]:
+    """Modes of a module and all random numbers are afterwards what they were.
+
+    Args:
+        model: the module. Its flags are set one by one: ``eval()`` may be overridden to do more.
+        data: what may be a loader with random generators of its own.
+        evaluation: whether the module is in evaluation mode inside.
+    """
+    modes = [(module, module.training) for module in model.modules()]
+    samplers = [data, getattr(data, "sampler", None), getattr(data, "batch_sampler", None)]
+    samplers.append(getattr(samplers[2], "sampler", None))
+    owned = {id(g): g for s in samplers if isinstance(g := getattr(s, "generator", None), torch.Generator)}
+    states = [(g, g.get_state()) for g in owned.values()]
+    python, numpy = random.getstate(), np.random.get_state()  # noqa: NPY002
+    devices = range(torch.cuda.device_count()) if torch.cuda.is_initialized() else ()
+    with torch.random.fork_rng(devices=list(devices)):
+        try:
+            for module, training in modes:
+                module.training = training and not evaluation
+            yield
+        finally:
+            for module, training in modes:
+                module.training = training
+            for generator, state in states:
+                generator.set_state(state)
+            random.setstate(python)
+            np.random.set_state(numpy)  # noqa: NPY002

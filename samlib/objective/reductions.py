@@ -78,7 +78,7 @@ class Reduction:
                     self.losses.append(self.loss(outputs, targets))
                 continue
             try:
-                self._rows = self._rows or next(filter(None, map(self._few, self._waiting)), None)
+                self._rows = self._rows or next(filter(None, map(self.few, self._waiting)), None)
                 if self._rows is None:  # nothing can be seen at these chunks: ignored targets, or a perfect fit
                     return
                 self._compare(*self._waiting[0])
@@ -135,8 +135,8 @@ class Reduction:
         self._tiny = max(torch.finfo(g.dtype).tiny for g in gradients)
         return loss.detach(), torch.cat([g.reshape(size, -1) for g in gradients], 1).double()
 
-    def _few(self, chunk: tuple[Any, Any, int]) -> _Rows | None:
-        """A few examples of a chunk that its loss depends on."""
+    def few(self, chunk: tuple[Any, Any, int]) -> _Rows | None:
+        """A few examples of a chunk (outputs, targets, size) that its loss depends on, or None."""
         outputs, targets, size = chunk
         concatenate([outputs], [size])
         _, gradient = self._gradient(outputs, targets, size)

@@ -9,9 +9,9 @@ import torch
 from torch import Tensor
 
 from .precision import add_scaled, total_norm, wide
-from .steps import ASAM_EPSILON
+from .steps import ASAM_EPSILON, EPSILON
 
-__all__ = ["averaged", "tempered"]
+__all__ = ["averaged", "tempered", "uphill"]
 
 Group = Mapping[str, Any]
 
@@ -52,3 +52,21 @@ def averaged(
         elif u is not None:
             new[p] = (wide(u) * add.to(u.device)).to(p.dtype)
     return new
+
+
+def uphill(params: Tensor, gradient: Tensor, slices: Iterable[tuple[slice, Group]]) -> Tensor:
+    """w + e, where SAM takes its second gradient from here, for parameters in one vector.
+
+    Args:
+        params: w, shape (P,).
+        gradient: at w, shape (P,).
+        slices: where the parameters lie that SAM moves, each with its group.
+    """
+    slices = list(slices)
+    moved = params.clone()
+    length = total_norm(tempered(params[s], group, gradient[s]) for s, group in slices)
+    for s, group in slices:
+        rho = -group["rho"] if group.get("maximize") else group["rho"]
+        scale = rho / (length + EPSILON) if group["normalize"] else rho
+        add_scaled(moved[s], tempered(params[s], group, gradient[s], 2), scale)
+    return moved
