@@ -86,7 +86,9 @@ def main() -> None:
 
     found = {name: alone(name, options.batches) for name in CASES}
     start, step, measured = found["start"], found["step"], found["monitor"]
-    assert start and step and measured
+    assert start
+    assert step
+    assert measured
     vector = 4 * measured["parameters"]
     result: dict[str, Any] = {
         "parameters": measured["parameters"],

@@ -79,10 +79,9 @@ def by_seed(runs: Sequence[Run], kinds: Sequence[Kind], level: float | None = No
 def paired_table(runs: Sequence[Run], kinds: Sequence[Kind] = SAM_RUNS) -> pd.DataFrame:
     """Mean differences ± standard errors in points, how many are lower, the steps, and the runs that never arrived."""
     rows = []
-    place: Any
-    for place, group in by_seed(runs, kinds).groupby(["network", "rho", "part", "loss"], sort=False):
-        network, rho, part, loss = place
-        row = {"network": network, "ρ": f"{rho:g}", "rule": part, "at loss": f"{loss:g}"}
+    for _, group in by_seed(runs, kinds).groupby(["network", "rho", "part", "loss"], sort=False):
+        first = group.iloc[0]
+        row = {"network": first.network, "ρ": f"{first.rho:g}", "rule": first.part, "at loss": f"{first.loss:g}"}
         for probe in PROBES:
             values = group[group.probe == probe].difference.dropna()
             error = f" ± {values.sem():.1f}" if len(values) > 1 else ""
