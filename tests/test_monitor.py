@@ -301,7 +301,7 @@ def test_training_is_the_same_to_the_bit_with_and_without(name, autocast):
         for epoch in range(2):
             for inputs, targets in loader:
 
-                def closure(inputs=inputs, targets=targets):
+                def closure(inputs=inputs, targets=targets, optimizer=optimizer, model=model):
                     optimizer.zero_grad()
                     with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
                         loss = cross_entropy(model(inputs), targets)

@@ -81,7 +81,12 @@ def paired_table(runs: Sequence[Run], kinds: Sequence[Kind] = SAM_RUNS) -> pd.Da
     rows = []
     for _, group in by_seed(runs, kinds).groupby(["network", "rho", "part", "loss"], sort=False):
         first = group.iloc[0]
-        row = {"network": first.network, "ρ": f"{first.rho:g}", "rule": first.part, "at loss": f"{first.loss:g}"}
+        row = {
+            "network": first.network,
+            "ρ": f"{float(first.rho):g}",
+            "rule": first.part,
+            "at loss": f"{float(first.loss):g}",
+        }
         for probe in PROBES:
             values = group[group.probe == probe].difference.dropna()
             error = f" ± {values.sem():.1f}" if len(values) > 1 else ""
