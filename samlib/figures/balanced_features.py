@@ -83,15 +83,15 @@ def paired_table(runs: Sequence[Run], kinds: Sequence[Kind] = SAM_RUNS) -> pd.Da
         first = group.iloc[0]
         row = {
             "network": first.network,
-            "ρ": f"{float(first.rho):g}",
+            "ρ": f"{first.rho:g}",
             "rule": first.part,
-            "at loss": f"{float(first.loss):g}",
+            "at loss": f"{first.loss:g}",
         }
         for probe in PROBES:
             values = group[group.probe == probe].difference.dropna()
-            error = f" ± {values.sem():.1f}" if len(values) > 1 else ""
+            error = f" ± {float(values.sem()):.1f}" if len(values) > 1 else ""
             row[probe] = f"{values.mean():+.1f}{error}" if len(values) else "–"
-            row[f"{probe} better"] = f"{(values < 0).sum()} of {len(values)}"
+            row[f"{probe} better"] = f"{int((values < 0).sum())} of {len(values)}"
         one = group[group.probe == "object"]
         row["steps ÷ SGD's"] = f"{one.steps.mean():.1f}"
         rows.append(row | {"not arrived": int(one.difference.isna().sum())})
