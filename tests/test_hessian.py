@@ -8,7 +8,8 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from samlib import HessianOperator, power_iteration, top_eigenpairs
-from samlib.eigen import LowRank, extreme_eigenpairs, least_change
+from samlib.eigen import extreme_eigenpairs
+from samlib.lowrank import LowRank, least_change
 from samlib.layers import plain
 from samlib.spectrum import hutchinson_trace, spectral_density
 
