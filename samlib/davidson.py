@@ -1,4 +1,4 @@
-"""The loop of the eigen-solver: a search space grows until the wanted pairs are known, and a check has seen no others."""
+"""The loop of the eigen-solver: the search space grows until the wanted pairs are known, and a check sees no others."""
 
 from __future__ import annotations
 
@@ -10,13 +10,13 @@ import torch
 from torch import Tensor
 
 from .lowrank import LowRank, correction
-from .ritz import SearchSpace, miss_probability, norms, orthonormal
+from .ritz import SearchSpace, miss_probability, norms
 
 __all__ = ["CLOSEST", "MISS", "Pairs", "Search", "Wanted"]
 
 CLOSEST = 0.03  # how near to one another an eigenvalue and the model's are taken to be, relative to the norm
 
-MISS, ENOUGH = 0.001, 0.1  # a check ends once it is this unlikely that an eigenvalue has been missed; or, when it is dear
+MISS, DEAR = 0.001, 0.1  # a check ends once an eigenvalue is missed with this probability; or, once the check is dear
 
 
 @dataclass(frozen=True)
@@ -110,7 +110,7 @@ class Pairs:
         residuals = norms(misses, unit).cpu() + rounding
         # Whichever pair carries the operator norm has the tight tolerance, at either end.
         tight = torch.tensor([bool(wanted.largest) or i < wanted.high for i in chosen]) | (values.abs() == norm)
-        known = residuals <= torch.where(tight, wanted.tol, wanted.low_tol) * norm
+        known = residuals <= torch.where(tight, *theta.new_tensor([wanted.tol, wanted.low_tol])) * norm
         # A low pair that is loosely bounded but clearly below the norm has done its part.
         known |= ~tight & (values.abs() + 2 * residuals < norm) & (wanted.low_tol > wanted.tol)
         known |= (residuals / unit).square() <= wanted.value_tol * (_gaps(theta)[chosen] / unit)
@@ -125,7 +125,7 @@ class Search:
         wanted: the pairs.
         model: preconditions the search.
         random: gives a random vector.
-        explore: products of a check, and a quarter of those spent before it; 0 for none.
+        explore: after so many products, and a fifth of those before it, a check is dear; 0 for no check.
 
     Attributes:
         missed: bound on the probability that an eigenvalue beyond the wanted ones has been missed; 1 without a check.
@@ -136,8 +136,8 @@ class Search:
     ) -> None:
         self.space, self.wanted, self.model, self.random, self.explore = space, wanted, model, random, explore
         self.missed = 1.0
-        self._sequence: int | None = None  # where a Lanczos sequence from a random vector begins, which lasts to the end
-        self._left: int | None = None  # products left to a check that goes on
+        self._sequence: int | None = None  # where a Lanczos sequence from a random vector begins
+        self._dear: int | None = None  # while a check goes on: the products after which it is dear
         self._checked = not explore
 
     def run(self, start: Tensor | None) -> Pairs:
@@ -155,10 +155,10 @@ class Search:
                 self.missed = 0.0
             if len(space) == space.operator.size or space.matvecs == space.budget:
                 return pairs
-            if self._left is not None:
+            if self._dear is not None:
                 self._check(pairs)
             elif pairs.open:
-                if len(space) == space.limit and self.asymmetric:
+                if self.asymmetric and float(pairs.residuals[pairs.open].max()) <= space.asymmetry * pairs.norm:
                     return pairs  # more products would not help
                 self._refine(pairs)
             elif self._checked:
@@ -172,23 +172,33 @@ class Search:
         rounding = torch.finfo(self.space.operator.dtype).eps ** 0.5
         return self.space.asymmetry > max(self.wanted.tol, rounding)
 
+    def complaint(self, pairs: Pairs) -> str:
+        """Why some pairs are not known to the tolerance."""
+        residual, spent = float(pairs.residuals.max()), self.space.matvecs
+        reached = f"eigenpairs not converged after {spent} products: largest residual {residual:.2e} "
+        if self.asymmetric:
+            return reached + (
+                "because the operator is not symmetric: its products differ from symmetric ones by "
+                f"{self.space.asymmetry:.1%} of the largest"
+            )
+        return reached + f"against tol·‖H‖ = {self.wanted.tol * pairs.norm:.2e}; raise max_matvecs or tol"
+
     def _refine(self, pairs: Pairs) -> None:
-        """Take up what the open pairs miss: preconditioned, all at once; or else the largest, as Lanczos does."""
+        """Take up what the open pair of the largest magnitude misses, preconditioned: one at a time costs the fewest
+        products.
+        """
         space = self.space
         if self._sequence is not None and len(space) < space.limit:
             self._advance()
         else:
-            rows = pairs.misses[pairs.open]
+            at = max(pairs.open, key=lambda i: float(pairs.theta[pairs.chosen[i]].abs()))
+            index, row = pairs.chosen[at], pairs.misses[at]
             if self.model:
-                chosen = [pairs.chosen[i] for i in pairs.open]
-                theta = pairs.theta[chosen]
-                upper = [self.wanted.upper(i, float(t)) for i, t in zip(chosen, theta, strict=True)]
-                rows = correction(rows, theta.to(rows.real), upper, self.model, CLOSEST * pairs.norm)
-            else:
-                rows = rows[pairs.residuals[pairs.open].argmax()][None]
-            if len(space) + len(rows) > space.limit:
+                value = float(pairs.theta[index])
+                row = correction(row, value, self.wanted.upper(index, value), self.model, CLOSEST * pairs.norm)
+            if len(space) == space.limit:
                 self._restart(pairs)
-            if not space.extend(rows):
+            if not space.extend([row]):
                 space.extend([self.random()])
         for _ in range(len(space) // 32 - 1):  # where Rayleigh–Ritz has become dear
             self._advance()
@@ -208,12 +218,11 @@ class Search:
         a check, if no more than a pair is wanted from each end.
         """
         space = self.space
-        self._left = self.explore + space.matvecs // 5
+        self._dear = space.matvecs + self.explore + space.matvecs // 5
         if self._sequence is None or max(self.wanted.high, self.wanted.low) > 1:
-            if len(space) + self._left > space.limit < space.operator.size:
+            if len(space) + self._dear - space.matvecs > space.limit < space.operator.size:
                 self._restart(pairs)
-                self._left = min(self._left, space.limit - len(space))
-            self._sequence, self._left = len(space), self._left - 1
+            self._sequence = len(space)
             space.extend([self.random()])
 
     def _check(self, pairs: Pairs) -> None:
@@ -221,20 +230,19 @@ class Search:
 
         Where it has seen nothing beyond the wanted pairs, that holds for any larger space as well.
         """
-        first, space = self._sequence or 0, self.space
+        space, first = self.space, self._sequence or 0
         vector, beside = space.krylov()
-        # Near a Ritz value of its own a sequence tells little, so that the first one is asked for what is further off.
+        # Near a Ritz value of its own a sequence tells little: the one that found it is asked for what is further off.
         targets = self.wanted.targets(pairs, margin=1 if first else 10)
         size = space.operator.size - first
         missed = miss_probability(space.projected[first:, first:], beside if vector is not None else 0.0, targets, size)
-        self.missed = min(missed, 1.0)
-        dear = not self._left or len(space) == space.limit
-        self._left -= 1 if self._left else 0
-        if missed == math.inf or len(space) == space.limit or missed <= (ENOUGH if dear else MISS):
-            # Another one is needed where something has been found.
+        self.missed, full = min(missed, 1.0), len(space) == space.limit
+        enough = DEAR if space.matvecs >= (self._dear or 0) else MISS
+        if missed <= enough or missed == math.inf or full or vector is None:
+            # Where something has been found another check is needed.
             self._checked = missed < 1 or (missed < math.inf and not pairs.open)
-            self._sequence = self._left = None
-        elif vector is not None:
+            self._sequence = self._dear = None
+        else:
             space.append(vector)
 
     def _restart(self, pairs: Pairs) -> None:

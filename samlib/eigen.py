@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from .davidson import Search, Wanted
-from .lowrank import LowRank, least_change
+from .lowrank import LowRank, least_change, warm_start
 from .ritz import SearchSpace, inner, norms
 from .symmetric import as_operator
 
@@ -51,9 +51,9 @@ class EigenResult:
         converged: whether every residual met the tolerance.
         model: what is known of the operator by now, from which the solve for a nearby one is best started, as ``v0``.
         others: (m,) the further Ritz values of the search space, rough ones too, largest first.
-        missed: a bound on the probability that an eigenvalue lies beyond the k by more than ten tolerances: from the
-            check, 1 if there was none, 0 where the search space is the whole space. It is rigorous for a random start,
-            and without rounding; after a warm start it leaves out what is mixed with the search space.
+        missed: a bound on the probability that an eigenvalue lies beyond the k by more than ``tol``, or ten times that
+            where one pair was found from a random start: from the check, 1 if there was none, 0 where the search space
+            is the whole space. After a warm start it leaves out vectors that the search space has part of.
     """
 
     values: Tensor
@@ -97,13 +97,14 @@ def top_eigenpairs(
         v0: warm start: vectors, shape (P,) or (P, m), or better the ``model`` of an earlier result for a nearby
             operator, which preconditions the search as well. Without one the start is random.
         tol: bound on each residual ‖H v − θ v‖ relative to the largest |θ| found.
-        max_matvecs: budget of products, at least k. Up to P = 1,024 no more than P are ever spent.
+        max_matvecs: budget of products; k are spent in any case. Up to P = 1,024 no more than P ever are.
         generator: source of the random directions; seeded with 0 if not given.
-        explore: products spent, with a quarter of those before, on a check of the answer at most: a Lanczos sequence
-            from a random vector would see a copy of a multiple eigenvalue, or an eigenvector that the start was
-            orthogonal to. It ends once ``missed`` is 1 % (on MNIST after two products for one pair, after four to six
-            for several), and is made again after it has found something. With 0 there is no check; a random direction
-            is then mixed into the last vector of a warm start.
+        explore: a check of the answer costs about so many products, and a fifth of those before it. In a Lanczos
+            sequence from a random vector a copy of a multiple eigenvalue would show, or an eigenvector that the start
+            was orthogonal to. It ends once ``missed`` is 0.1 % (on MNIST after up to two products for one pair from a
+            random start, after four to eight for several); when it has become dear, 10 % is enough. It is made again
+            after it has found something. With 0 there is no check, but a random direction is mixed into the last
+            vector of a warm start.
         value_tol: a pair is also good enough once residual²/gap, which estimates the error of its value, is at most
             this, relative to the largest |θ|; the gap is that to the next Ritz value. For callers who want values
             more than vectors: fewer products, and a larger residual, which is reported and still is a bound.
@@ -159,8 +160,8 @@ def extreme_eigenpairs(
         TypeError, ValueError: if an argument is out of range, ``high + low`` > P among them, or not an operator.
         FloatingPointError: if a product is not finite.
     """
-    if high < 0 or low < 0:
-        raise ValueError(f"high and low must not be negative, got {high} and {low}")
+    if high < 0 or low < 0 or high + low < 1:
+        raise ValueError(f"high + low must lie between 1 and the operator's size, got {high} + {low}")
     wanted = Wanted(high, low, tol, low_tol, value_tol)
     return _solve(operator, wanted, v0, max_matvecs, generator, explore)
 
@@ -179,23 +180,23 @@ def _solve(
     size, count = operator.size, wanted.count
     if not 1 <= count <= size:
         raise ValueError(f"k must lie between 1 and the operator's size {size}, got {count}")
-    if max_matvecs < count:
-        raise ValueError(f"max_matvecs must be at least {count}, the number of pairs, got {max_matvecs}")
+    if max_matvecs < 1:
+        raise ValueError(f"max_matvecs must be at least 1, got {max_matvecs}")
     generator = generator or torch.Generator().manual_seed(0)
-    double = torch.promote_types(operator.dtype, torch.float64)
 
     def random() -> Tensor:
-        return torch.randn(size, generator=generator, dtype=double).to(operator.device, operator.dtype)
+        return torch.randn(size, generator=generator, dtype=operator.dtype).to(operator.device)
 
-    model, start = _warm_start(v0, size, operator.dtype, operator.device, wanted)
+    spare = not wanted.high or not wanted.low  # one more pair to start from, where only one end is wanted
+    model, start = warm_start(v0, operator, lambda m: wanted.nearest(m, wanted.high + wanted.low + spare))
     if start is not None and not explore:  # a random direction without a product of its own
         noise = random()
         start[-1] += noise * (0.3 * norms(start[-1:]) / norms(noise[None])).to(noise)
     limit = min(size, max(MAX_BASIS, 3 * count, WHOLE // size))
-    search = Search(SearchSpace(operator, limit, max_matvecs), wanted, model, random, explore)
+    search = Search(SearchSpace(operator, limit, max(max_matvecs, count)), wanted, model, random, explore)
     pairs, space = search.run(start), search.space
     if pairs.open:
-        _explain(search, pairs.residuals.max(), wanted.tol * pairs.norm)
+        warnings.warn(search.complaint(pairs), RuntimeWarning, stacklevel=4)
     basis, image = space.basis.mT, space.image.mT
     model = least_change(
         model, basis, image, lambda m: wanted.nearest(m, max(RANK, wanted.high + wanted.low + 1)), space.projected
@@ -205,38 +206,6 @@ def _solve(
     values, others = pairs.theta[pairs.chosen].to(real), pairs.theta[further].to(real)
     residuals, spent, done = pairs.residuals.to(real), space.matvecs, not pairs.open
     return EigenResult(values, pairs.vectors.mT, residuals, spent, done, model, others, search.missed)
-
-
-def _warm_start(
-    v0: Tensor | tuple[Tensor, Tensor] | None, size: int, dtype: torch.dtype, device: torch.device, wanted: Wanted
-) -> tuple[LowRank | None, Tensor | None]:
-    """The model and the first vectors, as rows, the one that matters least last."""
-    if v0 is None:
-        return None, None
-    vectors = v0[0] if isinstance(v0, tuple) else v0
-    if vectors.shape[0] != size or vectors.dim() > 2 or not vectors.numel():
-        raise ValueError(f"v0 must have shape ({size},) or ({size}, m), got {tuple(vectors.shape)}")
-    rows = vectors.reshape(size, -1).to(device, dtype).mT
-    if not isinstance(v0, tuple):
-        return None, rows.clone()
-    values = v0[1].to(device)
-    if values.shape != rows.shape[:1]:
-        raise ValueError(f"a model as v0 needs one value for each vector, got {tuple(values.shape)}")
-    # The wanted pairs, and where only one end is wanted, one to spare; the largest in magnitude first.
-    chosen = wanted.nearest(len(values), wanted.high + wanted.low + (not wanted.high or not wanted.low))
-    chosen.sort(key=values.abs().tolist().__getitem__, reverse=True)
-    return LowRank(rows.mT, values.to(rows.real.dtype)), rows[chosen]
-
-
-def _explain(search: Search, residual: Tensor, tolerance: float) -> None:
-    """Say why the pairs are not known to the tolerance."""
-    space = search.space
-    reached = f"eigenpairs not converged after {space.matvecs} products: largest residual {residual:.2e} "
-    if search.asymmetric:
-        reason = f"because the operator is not symmetric: its products differ from symmetric ones by {space.asymmetry:.0%}"
-    else:
-        reason = f"against tol·‖H‖ = {tolerance:.2e}; raise max_matvecs or tol"
-    warnings.warn(reached + reason, RuntimeWarning, stacklevel=5)
 
 
 class Alignment(NamedTuple):
@@ -338,7 +307,7 @@ def power_iteration(
         before, value = value, float(norms(product[None]))
         converged = abs(value - before) <= tol * value or value <= tol
         old, vector = vector, product / value if value > 0 else vector
-        if converged:
+        if converged or spent == iterations:
             break
     signs = torch.tensor([[1.0], [-1.0]]).to(old)
     residual = norms(product - value * signs * old).amin(0, keepdim=True).to(params)

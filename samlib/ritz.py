@@ -25,7 +25,13 @@ def inner(left: Tensor, right: Tensor) -> Tensor:
     return total
 
 
-def norms(rows: Tensor, scale: Tensor | float | None = None) -> Tensor:
+def largest(rows: Tensor) -> Tensor:
+    """The size of the largest entry, in one pass: of complex ones, of their largest part."""
+    low, high = torch.aminmax(torch.view_as_real(rows) if rows.is_complex() else rows)
+    return torch.maximum(-low, high)
+
+
+def norms(rows: Tensor, scale: float | None = None) -> Tensor:
     """‖u‖ of each row, in float64: safe for long rows, and for entries whose squares leave the range of their dtype.
 
     Args:
@@ -33,10 +39,10 @@ def norms(rows: Tensor, scale: Tensor | float | None = None) -> Tensor:
         scale: about the size of the largest entries, where it is known.
     """
     if scale is None:
-        scale = rows.abs().amax(1, keepdim=True).clamp_min(torch.finfo(rows.dtype).tiny)
+        scale = float(largest(rows)) or 1.0
     # Not ``norm``, which loses digits over millions of float32; sums are pairwise.
-    lengths = (rows / scale).abs().square().sum(1).double().sqrt()
-    return lengths * (scale[:, 0].double() if isinstance(scale, Tensor) else scale)
+    lengths = rows / scale if scale != 1 else rows
+    return lengths.abs().square_().sum(1).double().sqrt() * scale
 
 
 def orthonormal(basis: Tensor, vector: Tensor) -> tuple[Tensor | None, float]:
@@ -113,18 +119,23 @@ class SearchSpace:
         return self._count - before
 
     def append(self, vector: Tensor) -> None:
-        """Take up a unit vector that is orthogonal to the others, at the price of a product; none if it is spent."""
-        if self.matvecs == self.budget:
+        """Take up a unit vector that is orthogonal to the others, at a product, if there is one left, and room."""
+        if self.matvecs == self.budget or self._count == self.limit:
             return
         self.matvecs += 1
         if self._count == len(self._basis):
-            room = min(self.limit, max(16, 2 * self._count)) - self._count
-            self._basis, self._image = (F.pad(rows, (0, 0, 0, room)) for rows in (self._basis, self._image))
+            self._grow(min(self.limit, max(16, 2 * self._count)))
         count, image = self._count, self.operator @ vector
         self._basis[count], self._image[count], self._count = vector, image, count + 1
         self._projected = F.pad(self._projected, (0, 1, 0, 1))
         self._projected[:, count] = inner(self.basis, image[None])[:, 0]
         self._projected[count] = inner(vector[None], self.image)[0]
+
+    def _grow(self, room: int) -> None:
+        for name in ("_basis", "_image"):
+            rows = getattr(self, name)
+            setattr(self, name, rows.new_empty(room, rows.shape[1]))
+            getattr(self, name)[: len(rows)] = rows
 
     def krylov(self) -> tuple[Tensor | None, float]:
         """The image of the last vector beside the space, as a unit vector, and its length; see :func:`orthonormal`."""

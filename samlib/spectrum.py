@@ -16,9 +16,7 @@ __all__ = ["SpectralDensity", "hutchinson_trace", "spectral_density"]
 
 
 @torch.no_grad()
-def hutchinson_trace(
-    operator: Any, probes: int = 30, generator: torch.Generator | None = None
-) -> tuple[float, float]:
+def hutchinson_trace(operator: Any, probes: int = 30, generator: torch.Generator | None = None) -> tuple[float, float]:
     """The trace of a symmetric operator, and the standard error of the estimate.
 
     Averages v·(H v) over random sign vectors v; each costs one product.

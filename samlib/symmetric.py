@@ -62,29 +62,37 @@ def as_operator(
     """
     if isinstance(operator, Operator):
         return operator
-    if isinstance(operator, np.ndarray) and operator.dtype.kind in "biufc":
-        operator = torch.as_tensor(np.asarray(operator))
     shape = tuple(getattr(operator, "shape", None) or (size, size))
     multiply = getattr(operator, "__matmul__", operator)
-    if None in shape or not callable(multiply) or isinstance(operator, np.ndarray):
+    told = getattr(operator, "dtype", None) or dtype
+    if None in shape or not callable(multiply) or not (told is None or _is_numeric(told)):
         raise TypeError(
-            "operator must be a square tensor, NumPy array or SciPy matrix, or an object with a shape (n, n) and `@` "
-            "for a vector (n,); a function of a vector needs its size: as_operator(function, size). "
-            f"Got {_name(operator)}"
+            "operator must be a square tensor, NumPy array or SciPy matrix of numbers, or an object with a shape "
+            "(n, n) and `@` for a vector (n,); a function of a vector needs its size: as_operator(function, size). Got "
+            f"{type(operator).__name__}{'' if told is None else f' of {told}'}"
         )
     if len(shape) != 2 or shape[0] != shape[1] or shape[0] < 1:
         raise ValueError(f"operator must be square, with at least one row, got shape {shape}")
     n, device = int(shape[0]), torch.device(getattr(operator, "device", None) or device or "cpu")
-    if isinstance(operator, Tensor):
-        entries = operator.to(_working(operator.dtype)) if not operator.dtype.is_floating_point else operator
-        multiply, told = entries.__matmul__, entries.dtype
-    else:
-        told = getattr(operator, "dtype", None) or dtype or _find_dtype(multiply, n, device)
+    if isinstance(operator, Tensor) and not (operator.is_floating_point() or operator.is_complex()):
+        operator = operator.double()
+        multiply, told = operator.__matmul__, operator.dtype
+    told = told or _find_dtype(multiply, n, device)
     if isinstance(told, torch.dtype):
         return Operator(lambda v: multiply(v.to(told)), n, _working(told), device)
-    kind = np.dtype(told)
-    working = _working(torch.as_tensor(np.empty(0, kind)).dtype)
-    return Operator(lambda v: multiply(v.numpy(force=True)), n, working, device)
+    return Operator(lambda v: multiply(v.numpy(force=True)), n, _working(_of_numpy(told)), device)
+
+
+def _is_numeric(dtype: Any) -> bool:
+    """Whether entries are numbers that PyTorch knows."""
+    try:
+        return isinstance(dtype, torch.dtype) or isinstance(_of_numpy(dtype), torch.dtype)
+    except TypeError:
+        return False
+
+
+def _of_numpy(dtype: Any) -> torch.dtype:
+    return torch.as_tensor(np.empty(0, np.dtype(dtype).newbyteorder("="))).dtype
 
 
 def _working(dtype: torch.dtype) -> torch.dtype:
@@ -101,7 +109,3 @@ def _find_dtype(multiply: Callable[[Tensor], Any], size: int, device: torch.devi
     except (RuntimeError, TypeError, ValueError):
         image = multiply(torch.zeros(size, dtype=torch.float64, device=device))
     return torch.as_tensor(image).dtype
-
-
-def _name(thing: Any) -> str:
-    return f"an array of {thing.dtype}" if isinstance(thing, np.ndarray) else type(thing).__name__
