@@ -104,7 +104,7 @@ class Pairs:
         turn, values = rotation[chosen].to(space.basis), theta[chosen]
         vectors = turn @ space.basis
         misses = (turn @ space.image).addcmul_(values[:, None].to(vectors), vectors, value=-1)
-        unit = max(norm, torch.finfo(torch.float64).tiny)  # squares of very large or small numbers leave float64
+        unit = max(norm, torch.finfo(vectors.dtype).tiny)  # squares of very large or small numbers leave the dtype
         # Rounding can hide in a residual that is computed from rotated images.
         rounding = 8 * len(theta) ** 0.5 * torch.finfo(vectors.dtype).eps * norm
         residuals = norms(misses, unit).cpu() + rounding

@@ -128,7 +128,7 @@ def top_eigenpairs(
         raise ValueError(f"which must be 'LA', 'SA', 'LM' or 'BE', got {which!r}")
     high, low = {"LA": (k, 0), "SA": (0, k), "LM": (k, k), "BE": ((k + 1) // 2, k // 2)}[which]
     wanted = Wanted(high, low, tol, tol, value_tol, largest=k if which == "LM" else None)
-    result = _solve(operator, wanted, v0, max_matvecs, generator, explore)
+    result = _solve(operator, "k", wanted, v0, max_matvecs, generator, explore)
     if which == "LA" or which == "BE":
         return result
     order = result.values.argsort() if which == "SA" else result.values.abs().argsort(descending=True)
@@ -160,15 +160,16 @@ def extreme_eigenpairs(
         TypeError, ValueError: if an argument is out of range, ``high + low`` > P among them, or not an operator.
         FloatingPointError: if a product is not finite.
     """
-    if high < 0 or low < 0 or high + low < 1:
-        raise ValueError(f"high + low must lie between 1 and the operator's size, got {high} + {low}")
+    if high < 0 or low < 0:
+        raise ValueError(f"high and low must not be negative, got {high} and {low}")
     wanted = Wanted(high, low, tol, low_tol, value_tol)
-    return _solve(operator, wanted, v0, max_matvecs, generator, explore)
+    return _solve(operator, "high + low", wanted, v0, max_matvecs, generator, explore)
 
 
 @torch.no_grad()
 def _solve(
     operator: Any,
+    pairs_asked: str,
     wanted: Wanted,
     v0: Tensor | tuple[Tensor, Tensor] | None,
     max_matvecs: int,
@@ -179,7 +180,7 @@ def _solve(
     operator = as_operator(operator, *(() if given is None else (None, given.dtype, given.device)))
     size, count = operator.size, wanted.count
     if not 1 <= count <= size:
-        raise ValueError(f"k must lie between 1 and the operator's size {size}, got {count}")
+        raise ValueError(f"{pairs_asked} must lie between 1 and the operator's size {size}, got {count}")
     if max_matvecs < 1:
         raise ValueError(f"max_matvecs must be at least 1, got {max_matvecs}")
     generator = generator or torch.Generator().manual_seed(0)
@@ -187,8 +188,8 @@ def _solve(
     def random() -> Tensor:
         return torch.randn(size, generator=generator, dtype=operator.dtype).to(operator.device)
 
-    spare = not wanted.high or not wanted.low  # one more pair to start from, where only one end is wanted
-    model, start = warm_start(v0, operator, lambda m: wanted.nearest(m, wanted.high + wanted.low + spare))
+    # One more pair than is wanted to start from: it may have come up, and tells the gap.
+    model, start = warm_start(v0, operator, lambda m: wanted.nearest(m, wanted.high + wanted.low + 1))
     if start is not None and not explore:  # a random direction without a product of its own
         noise = random()
         start[-1] += noise * (0.3 * norms(start[-1:]) / norms(noise[None])).to(noise)

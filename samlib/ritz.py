@@ -13,16 +13,18 @@ from .symmetric import Operator
 
 __all__ = ["SearchSpace", "inner", "miss_probability", "norms", "orthonormal"]
 
-BLOCK = 1 << 17  # entries summed in the vectors' own precision; over millions of them, float32 loses digits
+BLOCK = 4096  # entries summed in the vectors' own precision: over millions of them, float32 loses digits
 
 
 def inner(left: Tensor, right: Tensor) -> Tensor:
     """⟨u, v⟩ of each row u of one matrix with each row v of another, summed in double precision."""
-    double = torch.promote_types(left.dtype, torch.float64)
-    total = torch.zeros(len(left), len(right), dtype=double, device=left.device)
-    for at in range(0, left.shape[1], BLOCK):
-        total += left[:, at : at + BLOCK].conj() @ right[:, at : at + BLOCK].mT
-    return total
+    whole, double = left.shape[1] // BLOCK * BLOCK, torch.promote_types(left.dtype, torch.float64)
+    blocks, others = (
+        rows[:, :whole].unflatten(1, (-1, BLOCK)).transpose(0, 1) if whole else rows[None, :, :0]
+        for rows in (left, right)
+    )
+    rest = left[:, whole:].conj() @ right[:, whole:].mT
+    return (blocks.conj() @ others.mT).sum(0, dtype=double) + rest
 
 
 def largest(rows: Tensor) -> Tensor:
