@@ -2,24 +2,31 @@
 
 from __future__ import annotations
 
+import math
 import warnings
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from typing import Literal, NamedTuple, Protocol
+from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor
 
+from .davidson import Search, Wanted
+from .lowrank import LowRank, least_change, warm_start
+from .ritz import SearchSpace, inner, norms
+from .symmetric import SymmetricOperator, as_operator
+
 __all__ = [
-    "CLOSEST",
     "MAX_BASIS",
     "RANK",
+    "Alignment",
     "EigenResult",
     "LowRank",
     "SymmetricOperator",
     "Which",
+    "alignment",
+    "as_operator",
     "extreme_eigenpairs",
-    "least_change",
     "power_iteration",
     "top_eigenpairs",
 ]
@@ -28,24 +35,9 @@ Which = Literal["LA", "SA", "LM", "BE"]
 
 MAX_BASIS = 40  # columns of the search space before a thick restart; memory is 2 · MAX_BASIS · P
 
+WHOLE = 1 << 20  # entries of a search space that may have more columns: up to P = 1,024 it is never restarted
+
 RANK = 12  # of the model handed on to the next solve: with 6 a solve on MNIST takes two products more, with 20 as many
-
-CLOSEST = 0.03  # how near to one another an eigenvalue and the model's are taken to be, relative to the norm
-
-
-class SymmetricOperator(Protocol):
-    """What the solvers need: a square tensor, or anything with ``shape`` and ``@`` for a vector (P,)."""
-
-    @property
-    def shape(self) -> tuple[int, int] | torch.Size: ...
-    def __matmul__(self, vector: Tensor, /) -> Tensor: ...
-
-
-class LowRank(NamedTuple):
-    """A symmetric matrix U diag(μ) Uᵀ: orthonormal ``vectors`` U (P, r) and ``values`` μ (r,), largest first."""
-
-    vectors: Tensor
-    values: Tensor
 
 
 @dataclass(frozen=True)
@@ -59,6 +51,10 @@ class EigenResult:
         matvecs: operator–vector products spent.
         converged: whether every residual met the tolerance.
         model: what is known of the operator by now, from which the solve for a nearby one is best started, as ``v0``.
+        others: (m,) the further Ritz values of the search space, rough ones too, largest first.
+        missed: a bound on the probability that an eigenvalue lies beyond the k by more than ``tol``, or ten times that
+            where one pair was found from a random start: from the check, 1 if there was none, 0 where the search space
+            is the whole space. After a warm start it leaves out vectors that the search space has part of.
     """
 
     values: Tensor
@@ -67,10 +63,22 @@ class EigenResult:
     matvecs: int
     converged: bool
     model: LowRank
+    others: Tensor
+    missed: float = 1.0
+
+    @property
+    def principal(self) -> int:
+        """Index of the pair with the largest magnitude."""
+        return int(self.values.abs().argmax())
+
+    @property
+    def gap(self) -> float:
+        """The distance from the principal value to the next of the Ritz values, wanted or not."""
+        return _beside(self, [self.principal])[0]
 
 
 def top_eigenpairs(
-    operator: SymmetricOperator,
+    operator: Any,
     k: int = 1,
     which: Which = "LA",
     v0: Tensor | tuple[Tensor, Tensor] | None = None,
@@ -83,46 +91,45 @@ def top_eigenpairs(
     """The k extreme eigenpairs of a symmetric operator.
 
     Args:
-        operator: the Hessian, or any symmetric (P, P) tensor or operator.
+        operator: the Hessian, or any symmetric (P, P) operator that :func:`as_operator` takes.
         k: how many, 1 ≤ k ≤ P.
         which: "LA" largest, "SA" smallest, "LM" largest in magnitude (one pair: the operator norm), "BE" half from
             each end (the odd one from the top), as in SciPy's ``eigsh``.
         v0: warm start: vectors, shape (P,) or (P, m), or better the ``model`` of an earlier result for a nearby
-            operator, which preconditions the search as well. It is joined by random directions; without one the start
-            is random.
+            operator, which preconditions the search as well. Without one the start is random.
         tol: bound on each residual ‖H v − θ v‖ relative to the largest |θ| found.
-        max_matvecs: budget of products.
+        max_matvecs: budget of products; k are spent in any case. Up to P = 1,024 no more than P ever are.
         generator: source of the random directions; seeded with 0 if not given.
-        explore: steps of a Krylov sequence from the random directions before an answer is believed: an eigenvector
-            that ``v0`` is orthogonal to, or a random start nearly so, cannot be seen otherwise. Fewer are enough
-            where the matrix moves little between calls; each costs as many products as pairs are wanted. With 0, a
-            random direction is only mixed into the last starting vector.
+        explore: a check of the answer costs about so many products, and a fifth of those before it. In a Lanczos
+            sequence from a random vector a copy of a multiple eigenvalue would show, or an eigenvector that the start
+            was orthogonal to. It ends once ``missed`` is 0.1 % (on MNIST after up to two products for one pair from a
+            random start, after four to eight for several); when it has become dear, 10 % is enough. It is made again
+            after it has found something. With 0 there is no check, but a random direction is mixed into the last
+            vector of a warm start.
         value_tol: a pair is also good enough once residual²/gap, which estimates the error of its value, is at most
             this, relative to the largest |θ|; the gap is that to the next Ritz value. For callers who want values
             more than vectors: fewer products, and a larger residual, which is reported and still is a bound.
 
     Returns:
-        An :class:`EigenResult`. If the budget ended first, ``converged`` is false and a ``RuntimeWarning`` tells the
-        residual reached.
+        An :class:`EigenResult` with k pairs. If the budget ended first, ``converged`` is false and a
+        ``RuntimeWarning`` tells the residual reached; or that the products are not symmetric, where that is why.
 
     Raises:
-        ValueError: if an argument is out of range.
+        TypeError, ValueError: if an argument is out of range, or not an operator.
+        FloatingPointError: if a product is not finite.
 
     Source: Davidson's method (1975): Rayleigh–Ritz on a space expanded by preconditioned residuals (θ − M)⁻¹ r. M is
-    the low-rank model of an earlier solve; without one it is 0, and from one starting vector the space is the Krylov
-    space of Lanczos. See Saad (2011), *Numerical Methods for Large Eigenvalue Problems*.
+    the low-rank model of an earlier solve; without one the space is the Krylov space of Lanczos. See Saad (2011),
+    *Numerical Methods for Large Eigenvalue Problems*; for the check, :func:`samlib.ritz.miss_probability`.
 
     >>> top_eigenpairs(torch.diag(torch.tensor([3.0, -1.0, 2.0])), k=2).values.round(decimals=3)
     tensor([3., 2.])
     """
     if which not in ("LA", "SA", "LM", "BE"):
         raise ValueError(f"which must be 'LA', 'SA', 'LM' or 'BE', got {which!r}")
-    size = operator.shape[0]
-    if not 1 <= k <= size:
-        raise ValueError(f"k must lie between 1 and the operator's size {size}, got {k}")
     high, low = {"LA": (k, 0), "SA": (0, k), "LM": (k, k), "BE": ((k + 1) // 2, k // 2)}[which]
-    limits = (tol, tol, max_matvecs, generator, explore, value_tol)
-    result = _solve(operator, high, low, v0, *limits, largest=k if which == "LM" else None)
+    wanted = Wanted(high, low, tol, tol, value_tol, largest=k if which == "LM" else None)
+    result = _solve(operator, "k", wanted, v0, max_matvecs, generator, explore)
     if which == "LA" or which == "BE":
         return result
     order = result.values.argsort() if which == "SA" else result.values.abs().argsort(descending=True)
@@ -132,7 +139,7 @@ def top_eigenpairs(
 
 
 def extreme_eigenpairs(
-    operator: SymmetricOperator,
+    operator: Any,
     high: int = 1,
     low: int = 1,
     v0: Tensor | tuple[Tensor, Tensor] | None = None,
@@ -151,222 +158,117 @@ def extreme_eigenpairs(
     largest first.
 
     Raises:
-        ValueError: if an argument is out of range, ``high + low`` > P among them.
+        TypeError, ValueError: if an argument is out of range, ``high + low`` > P among them, or not an operator.
+        FloatingPointError: if a product is not finite.
     """
-    if high < 0 or low < 0 or not 1 <= high + low <= operator.shape[0]:
-        raise ValueError(f"high + low must lie between 1 and the operator's size, got {high} + {low}")
-    return _solve(operator, high, low, v0, tol, low_tol, max_matvecs, generator, explore, value_tol)
+    if high < 0 or low < 0:
+        raise ValueError(f"high and low must not be negative, got {high} and {low}")
+    wanted = Wanted(high, low, tol, low_tol, value_tol)
+    return _solve(operator, "high + low", wanted, v0, max_matvecs, generator, explore)
 
 
 @torch.no_grad()
 def _solve(
-    operator: SymmetricOperator,
-    high: int,
-    low: int,
+    operator: Any,
+    pairs_asked: str,
+    wanted: Wanted,
     v0: Tensor | tuple[Tensor, Tensor] | None,
-    tol: float,
-    low_tol: float,
     max_matvecs: int,
     generator: torch.Generator | None,
     explore: int,
-    value_tol: float,
-    largest: int | None = None,
 ) -> EigenResult:
-    """Rayleigh–Ritz on a growing space; ``largest`` wants that many pairs by magnitude, from whichever end.
-
-    Vectors are rows in here, so that each lies in one piece in memory.
-    """
-    if not tol > 0 or not low_tol > 0:
-        raise ValueError(f"tol must be positive, got {min(tol, low_tol)!r}")
-    if not value_tol >= 0:
-        raise ValueError(f"value_tol must not be negative, got {value_tol!r}")
+    given = v0[0] if isinstance(v0, tuple) else v0
+    operator = as_operator(operator, *(() if given is None else (None, given.dtype, given.device)))
+    size, count = operator.size, wanted.count
+    if not 1 <= count <= size:
+        raise ValueError(f"{pairs_asked} must lie between 1 and the operator's size {size}, got {count}")
     if max_matvecs < 1:
         raise ValueError(f"max_matvecs must be at least 1, got {max_matvecs}")
-    size = operator.shape[0]
-    old, warm = (LowRank(*v0), v0[0]) if isinstance(v0, tuple) else (None, v0)
-    like = _like(operator, warm)
     generator = generator or torch.Generator().manual_seed(0)
 
-    def random(count: int) -> Tensor:
-        return torch.randn(count, size, generator=generator, dtype=torch.float64).to(like)
+    def random() -> Tensor:
+        return torch.randn(size, generator=generator, dtype=operator.dtype).to(operator.device)
 
-    # As many starting vectors as wanted pairs: a space grown from one vector sees one copy of a multiple eigenvalue.
-    explorers = max(high, low)
-    start = random(explorers)
-    if warm is not None:
-        if warm.shape[0] != size or warm.dim() > 2:
-            raise ValueError(f"v0 must have shape ({size},) or ({size}, m), got {tuple(warm.shape)}")
-        warm = warm.reshape(size, -1).to(like).mT
-        if old:
-            if old.values.shape != warm.shape[:1]:
-                raise ValueError(f"a model as v0 needs one value for each vector, got {tuple(old.values.shape)}")
-            old = LowRank(warm.mT, old.values.to(like))
-            # The wanted pairs, and where only one end is wanted, one to spare; the largest in magnitude first.
-            chosen = _nearest(len(old.values), high, low, high + low + (not high or not low))
-            warm = warm[sorted(chosen, key=old.values.abs().tolist().__getitem__, reverse=True)]
-        if not explore:  # a random direction without a product of its own: in the last vector, which matters least
-            noise = start[:1] * (0.3 * warm[-1].norm() / start[0].norm())
-            warm, start = warm[:-1], warm[-1:] + noise
-        start = torch.cat([warm, start])
-    left, preconditioner = explore, old
-    basis = image = like.new_empty(0, size)
-    matvecs, goal = 0, min(largest or high + low, size)
-    limit = min(size, max(MAX_BASIS, 3 * (high + low)))
-    while True:
-        count = len(basis)
-        basis = _with_orthonormal(basis, start, random, limit)[: count + max_matvecs - matvecs]
-        image = torch.cat([image, *((operator @ v)[None] for v in basis[count:])])
-        matvecs += len(basis) - count
-
-        projected = (basis @ image.mT).double().cpu()
-        norm = projected.abs().max()
-        if not bool(norm.isfinite()):
-            raise FloatingPointError("the operator returned a vector that is not finite")
-        theta, rotation = torch.linalg.eigh((projected + projected.mT) / 2)
-        theta, rotation = theta.flip(0), rotation.mT.flip(0).to(like)  # largest first
-        norm, count = theta.abs().max(), len(theta)
-        if largest is None:
-            wanted = _ends(count, high, low)
-        else:
-            wanted = sorted(theta.abs().argsort(descending=True)[:largest].tolist())
-        vectors = rotation[wanted] @ basis
-        gaps = rotation[wanted] @ image - theta[wanted, None].to(like) * vectors
-        # Rounding can hide in a residual that is computed from rotated images.
-        rounding = 8 * count**0.5 * torch.finfo(like.dtype).eps * norm
-        unit = norm.clamp_min(torch.finfo(torch.float64).tiny)  # squares of very large or small numbers leave float64
-        residuals = (gaps.double() / unit.to(gaps.device)).norm(dim=1).cpu() * unit + rounding
-        # Whichever pair carries the operator norm has the tight tolerance, at either end.
-        tight = [i < high or largest or bool(theta[i].abs() == norm) for i in wanted]
-        tolerance = torch.tensor([tol if t else low_tol for t in tight], dtype=torch.float64) * norm
-        # A low pair that is loosely bounded but clearly below the norm has done its part.
-        below = torch.tensor([not t for t in tight]) & (theta[wanted].abs() + 2 * residuals < norm) & (low_tol > tol)
-        known = (residuals / unit).square() <= value_tol * (_gaps(theta)[wanted] / unit)
-        open_pairs = ((residuals > tolerance) & ~below & ~known).nonzero()[:, 0]
-        done = count >= goal and len(open_pairs) == 0 and (left == 0 or count == size)
-        if done or matvecs >= max_matvecs or count == size:
-            break
-        start = gaps[open_pairs] if len(open_pairs) or count >= goal else random(1)
-        if preconditioner and len(open_pairs):
-            chosen = [wanted[i] for i in open_pairs]
-            upper = [i < high if largest is None else float(theta[i]) > 0 for i in chosen]
-            start = _correction(start, theta[chosen].to(like), upper, preconditioner, CLOSEST * float(norm))
-        if left:
-            start, left = torch.cat([start, image[-explorers:]]), left - 1
-        if count + len(start) > limit:
-            keep = rotation[_nearest(count, high, low, limit // 2)]
-            basis, image = keep @ basis, keep @ image
-            preconditioner = None  # it has led to its own vectors by now
-
-    if not done:
-        warnings.warn(
-            f"eigenpairs not converged after {matvecs} products: largest residual {residuals.max():.2e} against "
-            f"tol·‖H‖ = {tol * norm:.2e}; raise max_matvecs or tol",
-            RuntimeWarning,
-            stacklevel=3,
-        )
-    model = least_change(old, basis.mT, image.mT, lambda count: _nearest(count, high, low, max(RANK, goal + 1)))
-    return EigenResult(theta[wanted].to(like), vectors.mT, residuals.to(like), matvecs, done, model)
+    # One more pair than is wanted to start from: it may have come up, and tells the gap.
+    model, start = warm_start(v0, operator, lambda m: wanted.nearest(m, wanted.high + wanted.low + 1))
+    if start is not None and not explore:  # a random direction without a product of its own
+        noise = random()
+        start[-1] += noise * (0.3 * norms(start[-1:]) / norms(noise[None])).to(noise)
+    limit = min(size, max(MAX_BASIS, 3 * count, WHOLE // size))
+    search = Search(SearchSpace(operator, limit, max(max_matvecs, count)), wanted, model, random, explore)
+    pairs, space = search.run(start), search.space
+    if pairs.open:
+        warnings.warn(search.complaint(pairs), RuntimeWarning, stacklevel=4)
+    basis, image = space.basis.mT, space.image.mT
+    model = least_change(
+        model, basis, image, lambda m: wanted.nearest(m, max(RANK, wanted.high + wanted.low + 1)), space.projected
+    )
+    real = model.values  # values have the vectors' precision, and are real
+    further = [i for i in range(len(pairs.theta)) if i not in pairs.chosen]
+    values, others = pairs.theta[pairs.chosen].to(real), pairs.theta[further].to(real)
+    residuals, spent, done = pairs.residuals.to(real), space.matvecs, not pairs.open
+    return EigenResult(values, pairs.vectors.mT, residuals, spent, done, model, others, search.missed)
 
 
-def _correction(residuals: Tensor, theta: Tensor, upper: list[bool], model: LowRank, closest: float) -> Tensor:
-    """θ (θ − M)⁻¹ r for each residual r of a Ritz value θ: first-order perturbation theory, in which the model's
-    vectors mix the more, the nearer their values are. A pair at the upper end is taken to lie above the model's values
-    by the distance ``closest`` at least, one at the lower end below them: the model is of yesterday.
+class Alignment(NamedTuple):
+    """How far a vector lies along the principal eigenvector, or along a few that cannot be told apart.
+
+    Attributes:
+        cosine: |cos| of the angle between the vector and the span.
+        pairs: the span's dimension: 1 for the principal eigenvector alone.
+        gap: distance from the span's values to the next Ritz value; ∞ if there is none.
+        separate: whether the residuals tell the span from the rest. If not, a pair that was not computed, or one of
+            another end, is mixed in, and the cosine is not to be relied on.
     """
-    distance = theta[:, None] - model.values
-    above = torch.tensor(upper, device=theta.device)[:, None]
-    distance = torch.where(above, distance.clamp_min(closest), distance.clamp_max(-closest))
-    return residuals + (residuals @ model.vectors) * (model.values / distance) @ model.vectors.mT
+
+    cosine: float
+    pairs: int
+    gap: float
+    separate: bool
 
 
-def least_change(model: LowRank | None, basis: Tensor, image: Tensor, keep: Callable[[int], list[int]]) -> LowRank:
-    """The symmetric matrix nearest to a model M that maps an orthonormal basis V to its image H V, cut to low rank.
+@torch.no_grad()
+def alignment(vector: Tensor, result: EigenResult, mixing: float = 0.3) -> Alignment:
+    """|cos| between a vector and the principal eigenvector, or the span of all pairs that cannot be told from it.
 
-    That is P H + H P − P H P + (1 − P) M (1 − P) with P = V Vᵀ.
+    A computed vector lies within an angle of sine ≤ residual/gap of the eigenvector, where the gap is that to the next
+    eigenvalue (Davis & Kahan 1970). Where this exceeds ``mixing``, the vector may be any mixture of the two: the pair
+    beside it is then taken into the span, and so on until the span is told from the rest.
 
     Args:
-        model: what was known before; 0 if None.
-        basis: V, shape (P, m).
-        image: H V, shape (P, m).
-        keep: of a number of eigenpairs, largest first, the indices to keep.
+        vector: a gradient, say, shape (P,).
+        result: with the pair of largest magnitude, and those next to it as far as they were computed.
+        mixing: largest bound on the sine of the angle that is put up with.
 
-    Source: Powell's symmetric Broyden update (1970), for several vectors at once.
+    >>> result = top_eigenpairs(torch.diag(torch.tensor([3.0, 3.0, 1.0])), k=2)
+    >>> alignment(torch.tensor([3.0, 4.0, 0.0]), result)[:2]
+    (1.0, 2)
     """
-    scale = image.abs().max().clamp_min(torch.finfo(image.dtype).tiny)  # squares of large numbers overflow
-    rows, count = basis.mT, basis.shape[1]  # rows, as in the solver
-    beside = torch.cat([image.mT, *([] if model is None else [model.vectors.mT])])
-    beside[:count] /= scale
-    inner = beside @ basis
-    beside.addmm_(inner, rows, alpha=-1)
-    # Everything else happens in coordinates: V, and an orthonormal basis of what lies beside it.
-    gram, inner = (beside @ beside.mT).double().cpu(), inner.double().cpu()
-    unit = gram.diagonal().sqrt().clamp_min(1000 * torch.finfo(image.dtype).eps)
-    lengths, turned = torch.linalg.eigh(gram / unit / unit[:, None])
-    # Squares of lengths: dropping one costs its root, keeping it eps/length² of orthogonality; here they are equal.
-    seen = lengths > torch.finfo(image.dtype).eps ** (2 / 3)
-    whiten = (turned[:, seen] / lengths[seen].sqrt()).mT / unit
-    across = whiten @ gram  # of the orthonormal basis with every vector beside V
-    matrix = torch.zeros(count + len(across), count + len(across), dtype=torch.float64)
-    matrix[:count, :count] = inner[:count]
-    matrix[count:, :count] = across[:, :count]
-    if model is not None:
-        old = across[:, count:]
-        matrix[count:, count:] = old * (model.values / scale).double().cpu() @ old.mT
-    values, vectors = torch.linalg.eigh(matrix)  # of the lower triangle
-    values, vectors = values.flip(0), vectors.mT.flip(0)
-    kept = keep(len(values))
-    vectors = vectors[kept]
-    found = (vectors[:, :count].to(basis) @ rows).addmm_((vectors[:, count:] @ whiten).to(basis), beside)
-    return LowRank(found.mT, values[kept].to(basis) * scale)
-
-
-def _gaps(theta: Tensor) -> Tensor:
-    """The distance from each of some sorted values to the next one."""
-    steps = (theta[:-1] - theta[1:]).abs()
-    beyond = theta.new_zeros(1) if len(theta) == 1 else theta.new_full((1,), float("inf"))
-    return torch.minimum(torch.cat([beyond, steps]), torch.cat([steps, beyond]))
-
-
-def _ends(count: int, high: int, low: int) -> list[int]:
-    """Indices of the first ``high`` and the last ``low`` of ``count`` values."""
-    return sorted({*range(min(high, count)), *range(max(count - low, 0), count)})
-
-
-def _nearest(count: int, high: int, low: int, room: int) -> list[int]:
-    """Indices of ``room`` values: the wanted ones and, on the side wanted most, those next to them."""
-    spare = max(room - high - low, 0)
-    return _ends(count, high + spare, low) if high >= low else _ends(count, high, low + spare)
-
-
-def _with_orthonormal(basis: Tensor, start: Tensor, random: Callable[[int], Tensor], limit: int) -> Tensor:
-    """The basis and orthonormal rows that span ``start`` beside it; dependent rows are replaced by random ones."""
-    for row in start:
-        if len(basis) >= limit:
+    span = [result.principal]
+    while True:
+        gap, nearest = _beside(result, span)
+        bound = float(result.residuals[span].double().square().sum().sqrt())
+        separate = bound < mixing * gap
+        if separate or nearest is None:
             break
-        for attempt in range(4):
-            vector = row if attempt == 0 else random(1)[0]
-            length = vector.abs().max()
-            vector = vector / length
-            vector = vector / vector.norm()
-            for _ in range(2):  # twice is enough (Kahan, Parlett)
-                vector = vector - (basis @ vector) @ basis
-                kept = vector.norm()
-                vector = vector / kept
-            if length > 0 and bool(kept > 0.5):  # so the second sweep removed only rounding
-                basis = torch.cat([basis, vector[None]])
-                break
-    return basis
+        span.append(nearest)
+    along = inner(result.vectors[:, span].mT, vector.to(result.vectors)[None])
+    cosine = float(norms(along.mT) / norms(vector[None]))
+    return Alignment(min(cosine, 1.0), len(span), gap, separate)
 
 
-def _like(operator: SymmetricOperator, v0: Tensor | None) -> Tensor:
-    """An empty tensor of the operator's dtype and device."""
-    if isinstance(operator, Tensor):
-        return operator.new_empty(0)
-    if v0 is not None and not hasattr(operator, "dtype"):
-        return v0.new_empty(0)
-    return torch.empty(0, dtype=getattr(operator, "dtype", None), device=getattr(operator, "device", None))
+def _beside(result: EigenResult, span: list[int]) -> tuple[float, int | None]:
+    """The distance from some of the values to the next Ritz value, and its index among the values if it is of them."""
+    rest = [i for i in range(len(result.values)) if i not in span]
+    beside = torch.cat([result.values[rest], result.others]).double()
+    distances = (beside[:, None] - result.values[span].double()).abs().amin(1)
+    if not len(distances):
+        return math.inf, None
+    nearest = int(distances.argmin())
+    return float(distances[nearest]), rest[nearest] if nearest < len(rest) else None
 
 
+@torch.no_grad()
 def power_iteration(
     gradient: Callable[[Tensor], Tensor],
     params: Tensor,
@@ -377,8 +279,9 @@ def power_iteration(
 ) -> EigenResult:
     """Operator norm as the paper's reference code finds it: power iteration on finite differences of gradients.
 
-    H v is taken as (∇ℓ(w + step·v) − ∇ℓ(w − step·v))/(2·step + 1e-5). It is here for comparison only: it stops when
-    the value *changes* by less than ``tol``, the divisor reads λ about 0.5 % low, and nothing bounds its error.
+    H v is taken as (∇ℓ(w + step·v) − ∇ℓ(w − step·v))/(2·step + 1e-5), and the norm as ‖H v‖, from below. It is here for
+    comparison only: it stops when that *changes* by at most ``tol``, or is at most ``tol`` itself; the divisor reads λ
+    about 0.5 % low, and nothing bounds its error.
 
     Args:
         gradient: maps parameters (P,) to the gradient (P,).
@@ -389,8 +292,9 @@ def power_iteration(
         v0: starting vector (P,); random if not given.
 
     Returns:
-        An :class:`EigenResult` with one pair; ``matvecs`` counts the differences, ``residuals`` is ‖H v − θ v‖ of the
-        *finite-difference* Hessian.
+        An :class:`EigenResult` with one pair: the norm, never negative, and H v/‖H v‖ of the last iteration.
+        ``matvecs`` counts the differences; ``residuals`` is ‖H v ∓ θ v‖ of the *finite-difference* Hessian for the v
+        before, whichever is smaller.
 
     Source: google-deepmind/sam_edge, the code published with Long & Bartlett (2024).
     """
@@ -398,15 +302,17 @@ def power_iteration(
         raise ValueError(f"iterations must be at least 1, got {iterations}")
     generator = torch.Generator().manual_seed(0)
     vector = torch.randn(len(params), generator=generator, dtype=torch.float64).to(params) if v0 is None else v0
-    vector = vector / vector.norm()
-    value = vector.new_zeros(())
+    vector, value = vector / norms(vector[None]).to(vector), 1.0
     for spent in range(1, iterations + 1):
-        product = (gradient(params + step * vector) - gradient(params - step * vector)) / (2 * step + 1e-5)
-        before, value = value, vector @ product
-        converged = bool((value - before).abs() <= tol * value.abs())
+        with torch.enable_grad():
+            product = (gradient(params + step * vector) - gradient(params - step * vector)) / (2 * step + 1e-5)
+        before, value = value, float(norms(product[None]))
+        converged = abs(value - before) <= tol * value or value <= tol
+        old, vector = vector, product / value if value > 0 else vector
         if converged or spent == iterations:
             break
-        vector = product / product.norm()
-    residual = (product - value * vector).norm()
+    signs = torch.tensor([[1.0], [-1.0]]).to(old)
+    residual = norms(product - value * signs * old).amin(0, keepdim=True).to(params)
+    values = torch.full_like(residual, value)
     column = vector[:, None]
-    return EigenResult(value[None], column, residual[None], spent, converged, column)
+    return EigenResult(values, column, residual, spent, converged, LowRank(column, values), values[:0])

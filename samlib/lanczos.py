@@ -101,6 +101,7 @@ def lanczos_ends(
         matvecs,
         done,
         LowRank(vectors, theta[kept].to(rows)),
+        theta[[i for i in range(count) if i not in wanted]].to(rows),
     )
 
 

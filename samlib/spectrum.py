@@ -9,7 +9,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .eigen import LowRank, SymmetricOperator, _like, top_eigenpairs
+from .eigen import top_eigenpairs
+from .lowrank import LowRank
+from .ritz import inner, orthonormal
+from .symmetric import Operator, SymmetricOperator, as_operator
 
 __all__ = [
     "SpectralDensity",
@@ -22,15 +25,13 @@ __all__ = [
 
 
 @torch.no_grad()
-def hutchinson_trace(
-    operator: SymmetricOperator, probes: int = 30, generator: torch.Generator | None = None
-) -> tuple[float, float]:
+def hutchinson_trace(operator: Any, probes: int = 30, generator: torch.Generator | None = None) -> tuple[float, float]:
     """The trace of a symmetric operator, and the standard error of the estimate.
 
     Averages v·(H v) over random sign vectors v; each costs one product.
 
     Args:
-        operator: the Hessian, or any symmetric (P, P) tensor or operator.
+        operator: the Hessian, or any symmetric (P, P) operator that :func:`samlib.eigen.as_operator` takes.
         probes: number of random vectors, at least 2.
         generator: source of the signs; seeded with 0 if not given.
 
@@ -44,7 +45,10 @@ def hutchinson_trace(
     """
     if probes < 2:
         raise ValueError(f"probes must be at least 2, got {probes}")
-    samples = torch.stack([v.double() @ (operator @ v).double() for v in _signs(operator, probes, generator)])
+    operator = as_operator(operator)
+    samples = torch.stack(
+        [inner(v[None], (operator @ v)[None])[0, 0].real for v in _signs(operator, probes, generator)]
+    )
     return float(samples.mean()), float(samples.std() / probes**0.5)
 
 
@@ -67,12 +71,12 @@ class SpectralDensity:
 
 @torch.no_grad()
 def spectral_density(
-    operator: SymmetricOperator, probes: int = 4, steps: int = 60, generator: torch.Generator | None = None
+    operator: Any, probes: int = 4, steps: int = 60, generator: torch.Generator | None = None
 ) -> SpectralDensity:
     """How the eigenvalues of a symmetric operator are spread: stochastic Lanczos quadrature.
 
     Args:
-        operator: the Hessian, or any symmetric (P, P) tensor or operator.
+        operator: the Hessian, or any symmetric (P, P) operator that :func:`samlib.eigen.as_operator` takes.
         probes: number of random sign vectors.
         steps: Lanczos steps for each; a probe costs as many products, and keeps as many vectors (P,) in memory.
         generator: source of the signs; seeded with 0 if not given.
@@ -85,36 +89,34 @@ def spectral_density(
     """
     if probes < 1 or steps < 1:
         raise ValueError(f"probes and steps must be at least 1, got {probes} and {steps}")
-    steps = min(steps, operator.shape[0])
+    operator = as_operator(operator)
+    steps = min(steps, operator.size)
     nodes, weights = torch.zeros(2, probes, steps, dtype=torch.float64)
     for probe, start in enumerate(_signs(operator, probes, generator)):
-        basis = start[:, None] / start.norm()
-        diagonal: list[float] = []
-        beside: list[float] = []
-        while True:
-            vector = basis[:, -1]
-            image = operator @ vector
-            diagonal.append(float(vector @ image))
-            for _ in range(2):  # full orthogonalisation: without it, copies of converged values appear
-                image = image - basis @ (basis.mT @ image)
-            length = float(image.norm())
-            scale = max(map(abs, diagonal + beside))
-            if len(diagonal) == steps or length <= 100 * torch.finfo(image.dtype).eps * scale:
+        basis = start.new_zeros(steps, operator.size)
+        basis[0] = start / operator.size**0.5
+        tridiagonal = torch.zeros(steps, steps, dtype=torch.float64)
+        for step in range(steps):
+            image = operator @ basis[step]
+            tridiagonal[step, step] = inner(basis[step : step + 1], image[None])[0, 0].real
+            # Full orthogonalisation: without it, copies of converged values appear.
+            vector, length = orthonormal(basis[: step + 1], image)
+            scale = float(tridiagonal.abs().max())
+            if vector is None or step + 1 == steps or length <= 100 * torch.finfo(image.dtype).eps * scale:
                 break
-            beside.append(length)
-            basis = torch.cat([basis, (image / length)[:, None]], 1)
-        off = torch.tensor(beside, dtype=torch.float64)
-        tridiagonal = torch.diag(torch.tensor(diagonal, dtype=torch.float64)) + off.diag(1) + off.diag(-1)
-        theta, vectors = torch.linalg.eigh(tridiagonal)
+            basis[step + 1] = vector
+            tridiagonal[step, step + 1] = tridiagonal[step + 1, step] = length
+        theta, vectors = torch.linalg.eigh(tridiagonal[: step + 1, : step + 1])
         nodes[probe, : len(theta)], weights[probe, : len(theta)] = theta, vectors[0].square()
     return SpectralDensity(nodes, weights)
 
 
-def _signs(operator: SymmetricOperator, count: int, generator: torch.Generator | None) -> Iterator[Tensor]:
+def _signs(operator: Operator, count: int, generator: torch.Generator | None) -> Iterator[Tensor]:
     """Random vectors (P,) of ±1."""
-    like, generator = _like(operator, None), generator or torch.Generator().manual_seed(0)
+    generator = generator or torch.Generator().manual_seed(0)
     for _ in range(count):
-        yield (2 * torch.randint(2, (operator.shape[0],), generator=generator) - 1).to(like)
+        signs = 2 * torch.randint(2, (operator.size,), generator=generator) - 1
+        yield signs.to(operator.device, operator.dtype)
 
 
 @dataclass(frozen=True)
