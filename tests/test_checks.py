@@ -5,7 +5,7 @@ import random
 import numpy as np
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from torch import nn
 from torch.nn import functional as F
@@ -248,14 +248,16 @@ def test_ignored_targets_count_for_nothing(loss, ignored, way, seed):
 
 
 @settings(max_examples=40, deadline=None)
-@given(st.sampled_from(sorted(COUPLED)), ways)
-def test_losses_that_couple_examples_are_right_in_one_chunk_and_refused_in_several(loss, way):
-    model = network([], 0, RIGHT)
+@given(st.sampled_from(sorted(COUPLED)), ways, st.integers(0, 99))
+@example("contrastive", {"chunk_size": 1}, 0)  # no chunk has a gradient
+@example("worst", {"chunk_size": 8, "retain_graph": True}, 1)  # the rest has none beside the first
+def test_losses_that_couple_examples_are_right_in_one_chunk_and_refused_in_several(loss, way, seed):
+    model = network([], seed, RIGHT)
     if several(way):
         with pytest.raises(ValueError, match=r"do not determine the loss of all examples|how chunks add up"):
-            check(model, COUPLED[loss], *examples(0), **way)
+            check(model, COUPLED[loss], *examples(seed), **way)
     else:
-        check(model, COUPLED[loss], *examples(0), **way)
+        check(model, COUPLED[loss], *examples(seed), **way)
 
 
 @settings(max_examples=20, deadline=None)
