@@ -91,6 +91,7 @@ def test_a_grid_and_a_time_budget(tmp_path):
         (["--grid", "device=cpu,tpu"], "device must be 'cpu' or 'cuda'"),
         (["--set", "heads=3"], "heads belongs to the experiment shakespeare"),
         (["--set", "strength"], "--set takes NAME=VALUE, got 'strength'"),
+        (["--rule", "layer_sam", "--set", "layers=hue"], "layers must name parts of the network (1.weight"),
         (["--rule", "mas"], "rule must be one of sam, usam"),
         (["--base", "lion"], "base must be one of sgd, adam, got 'lion'"),
         (["--set", "observables=edge,hue"], "observables must be some of edge"),
