@@ -246,9 +246,13 @@ def test_laws_are_named_and_valued(make, name, edge):
 def moved(optimizer):
     """After one step."""
     params = [p for g in optimizer.param_groups for p in g["params"]]
-    for p in params:
-        p.grad = torch.ones_like(p)
-    optimizer.step(lambda: 0.0)
+
+    def closure():
+        for p in params:
+            p.grad = torch.ones_like(p)
+        return 0.0
+
+    optimizer.step(closure)
     return optimizer
 
 
