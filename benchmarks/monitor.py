@@ -67,7 +67,7 @@ def case(name: str, batches: int) -> dict[str, Any]:
 def alone(name: str, batches: int) -> dict[str, Any] | None:
     """A case in a process of its own; None where it cannot run."""
     command = [sys.executable, __file__, "--case", name, "--batches", str(batches)]
-    done = subprocess.run(command, capture_output=True, text=True)
+    done = subprocess.run(command, capture_output=True, text=True, encoding="utf-8")
     if done.returncode:
         print(f"{name}: {done.stderr.strip().splitlines()[-1]}", file=sys.stderr)
         return None

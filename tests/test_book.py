@@ -35,6 +35,9 @@ def test_every_dependency_is_pinned_within_its_range():
     extras = project["optional-dependencies"]
     for text in [*project["dependencies"], *chain.from_iterable(extras.values())]:
         requirement = Requirement(text)
+        if requirement.name == "samlib":  # an extra that includes another
+            assert requirement.extras <= set(extras), text
+            continue
         version = pinned()[requirement.name.lower().replace("_", "-")]
         assert requirement.specifier.contains(version), (text, version)
 

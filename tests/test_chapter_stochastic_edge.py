@@ -384,7 +384,7 @@ def test_the_published_runs_are_those_that_were_planned():
 
 
 def test_the_notebook_takes_the_usual_parameters():
-    cells = json.loads((ROOT / "notebooks" / "stochastic_edge.ipynb").read_text())["cells"]
+    cells = json.loads((ROOT / "notebooks" / "stochastic_edge.ipynb").read_text(encoding="utf-8"))["cells"]
     (parameters,) = [c for c in cells if "parameters" in c["metadata"].get("tags", ())]
     text = "".join(parameters["source"])
     for name in ("profile", "seeds", "steps", "data", "device", "store"):
@@ -392,7 +392,7 @@ def test_the_notebook_takes_the_usual_parameters():
     installs = {
         "".join(cell["source"])
         for page in ("mnist", "stochastic_edge")
-        for cell in json.loads((ROOT / "notebooks" / f"{page}.ipynb").read_text())["cells"]
+        for cell in json.loads((ROOT / "notebooks" / f"{page}.ipynb").read_text(encoding="utf-8"))["cells"]
         if "import importlib.util" in "".join(cell["source"])
     }
     assert len(installs) == 1

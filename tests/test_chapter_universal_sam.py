@@ -290,7 +290,7 @@ def test_the_page_names_its_parameters_and_types_no_results():
     path = ROOT / "notebooks" / "universal_sam.ipynb"
     names = papermill.inspect_notebook(str(path))
     assert {"profile", "data", "device", "store", "seed", "steps"} <= names.keys()
-    cells = json.loads(path.read_text())["cells"]
+    cells = json.loads(path.read_text(encoding="utf-8"))["cells"]
     assert sum("parameters" in cell["metadata"].get("tags", []) for cell in cells) == 1
     text = "".join("".join(cell["source"]) for cell in cells)
     for key in CLAIMS:

@@ -43,8 +43,8 @@ def test_layer_norm_is_pytorchs(dim):
 def test_layer_norm_derivatives(dim):
     torch.manual_seed(0)
     x = torch.randn(2, 4, 3, dtype=torch.float64, requires_grad=True)
-    assert torch.autograd.gradcheck(lambda x: _Normalize.apply(x, dim), (x,))
-    assert torch.autograd.gradgradcheck(lambda x: _Normalize.apply(x, dim), (x,))
+    assert torch.autograd.gradcheck(lambda x: _Normalize.apply(x, dim, 1e-5), (x,))
+    assert torch.autograd.gradgradcheck(lambda x: _Normalize.apply(x, dim, 1e-5), (x,))
 
 
 @pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
@@ -89,7 +89,7 @@ def test_cnn_forward_pass_in_numpy():
         for j in range(4):
             h[:, i, j] = (w * padded[:, i : i + 3, j : j + 3]).sum((1, 2, 3)) + b
     h = np.maximum(h, 0)
-    h = (h - h.mean(0)) / np.sqrt(h.var(0) + 1e-5) * scale[:, None, None] + shift[:, None, None]
+    h = (h - h.mean(0)) / np.sqrt(h.var(0) + 1e-6) * scale[:, None, None] + shift[:, None, None]
     h = h.reshape(3, 2, 2, 2, 2).max((2, 4))
     expected = w_out @ h.reshape(-1) + b_out
     np.testing.assert_allclose(model(torch.tensor(x)[None])[0].detach().numpy(), expected, rtol=1e-10)
@@ -135,20 +135,22 @@ def test_initial_weights_have_the_stated_spread():
     assert all(not layer.bias.any() for layer in model if hasattr(layer, "bias"))
     language = Transformer()
     assert language.blocks[0].up.weight.std().item() == pytest.approx(math.sqrt(2 / (6 * 128)), rel=0.02)
-    assert language.embed.weight.std().item() == pytest.approx(0.02, rel=0.02)
+    # Haiku draws a truncated normal without making up for the truncation: its spread is 0.8796 of the scale named.
+    assert language.embed.weight.std().item() == pytest.approx(0.8796 * 0.02, rel=0.02)
     limit = 2 * math.sqrt(2 / (6 * 128)) / 0.8796
     assert limit * 0.98 < language.blocks[0].up.weight.abs().max().item() <= limit * 1.001
 
 
 def test_the_transformer_starts_near_a_uniform_guess():
-    # The head sees unit-variance features, so its logits have variance 2/layers: E[log Σ exp] ≈ log V + 1/layers.
+    # The head sees unit-variance features and draws at 0.8796/√width: logits of variance σ² = 0.8796², and
+    # E[log Σ exp] ≈ log V + σ²/2.
     losses = []
     for seed in range(10):
         torch.manual_seed(seed)
         model = Transformer(layers=6)
         tokens, targets = torch.randint(0, 128, (2, 16, 64))
         losses.append(cross_entropy(model(tokens), targets).item())
-    assert np.mean(losses) == pytest.approx(math.log(128) + 1 / 6, abs=0.1)
+    assert np.mean(losses) == pytest.approx(math.log(128) + 0.8796**2 / 2, abs=0.1)
 
 
 def numpy_reference(seed, x, y):

@@ -453,11 +453,11 @@ def test_a_row_goes_into_a_table(tmp_path):
     monitor = EdgeMonitor(model, mse_loss, data, SGD(model.parameters(), lr=0.1))
     row = monitor.measure()
     assert all(isinstance(value, int | float) for value in row.values())
-    with open(tmp_path / "edge.csv", "w", newline="") as file:
+    with open(tmp_path / "edge.csv", "w", newline="", encoding="utf-8") as file:
         table = csv.DictWriter(file, row)
         table.writeheader()
         table.writerow(row)
-    with open(tmp_path / "edge.csv") as file:
+    with open(tmp_path / "edge.csv", encoding="utf-8") as file:
         assert float(next(csv.DictReader(file))["sharpness"]) == row["sharpness"]
 
 

@@ -131,7 +131,7 @@ def breaks(rank, count, folder, victim, how, after):
             monitor.measure()
     except RuntimeError as error:
         said = str(error)
-    with open(f"{folder}/{rank}.txt", "w") as file:
+    with open(f"{folder}/{rank}.txt", "w", encoding="utf-8") as file:
         file.write(said)
     os._exit(0)
 
@@ -150,7 +150,7 @@ def run(folder, count, victim, how, after):
     for process in alive:
         process.kill()
     assert not alive, "a process hangs"
-    return {rank: path.read_text() for rank in range(count) if (path := folder / f"{rank}.txt").exists()}
+    return {rank: path.read_text(encoding="utf-8") for rank in range(count) if (path := folder / f"{rank}.txt").exists()}
 
 
 @pytest.mark.parametrize("after", [1, 9])
