@@ -16,7 +16,7 @@ from ..runs import Run
 from .shapes import SHOWN, panels
 from .style import COLOURS, FOREGROUND, Figure, drawing, key, plain_log
 
-__all__ = ["by_age", "costs", "directions", "edges", "oscillations", "quality"]
+__all__ = ["by_age", "costs", "directions", "edges", "oscillations", "quality", "title"]
 
 AGES = {"0": (0, 0), "1": (1, 1), "2–3": (2, 3), "4–7": (4, 7), "8–15": (8, 15), "16 or more": (16, np.inf)}
 BETAS = {0.99: COLOURS["sam_grad_alignment"], 0.0: COLOURS["grad_alignment"]}
@@ -119,7 +119,7 @@ def edges(runs: Iterable[Run], experiment: str = "mnist") -> Figure:
     bands = f"Lines are medians over {seeds} seeds, bands their range. " if seeds > 1 else ""
     where = f"{SETS.get(getattr(config, 'molecules', experiment), experiment)}, full batch"
     return panels(
-        {_title(name): panel(name) for name in order},
+        {title(name): panel(name) for name in order},
         name=f"cached_edges_{experiment}",
         alt=f"Line charts of the operator norm, the edge of the rule, the SAM edge and 2/η: {where}, by rule",
         caption=f"{where}, η = {config.learning_rate:g}, ρ = {max(r.config.rho for r in shown):g}. "
@@ -136,7 +136,8 @@ def edges(runs: Iterable[Run], experiment: str = "mnist") -> Figure:
     )
 
 
-def _title(name: str) -> str:
+def title(name: str) -> str:
+    """What a panel is called."""
     return {"base": "gradient descent", "β = 0": "β = 0, k = 200"}.get(name, name)
 
 
@@ -167,9 +168,9 @@ def oscillations(runs: Iterable[Run], steps: int = 60) -> Figure:
 
         return draw
 
-    words = "; ".join(f"{_title(method(run))}: {found[run.id][0]:.2f} ({found[run.id][1]:.2f})" for run in chosen)
+    words = "; ".join(f"{title(method(run))}: {found[run.id][0]:.2f} ({found[run.id][1]:.2f})" for run in chosen)
     return panels(
-        {_title(method(run)): panel(run) for run in chosen},
+        {title(method(run)): panel(run) for run in chosen},
         name="oscillations",
         alt=f"Weights along the principal eigenvector in the last {steps} steps; period and predicted period: {words}",
         caption=f"Weights along the principal eigenvector v₁, seed {first}. Vertical lines are one predicted period "
