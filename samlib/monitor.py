@@ -29,7 +29,7 @@ __all__ = ["EdgeMonitor", "Row"]
 
 EDGES = ("gd_edge", "sam_edge", "edge", "edge_ratio")
 
-LARGE, FEW = 3_000_000, 5  # parameters from which on the solver keeps few vectors, and how many
+LARGE, FEW = 3_000_000, 4  # parameters from which on the solver keeps few vectors, and how many
 
 
 class Row(dict[str, float]):
@@ -156,6 +156,7 @@ class EdgeMonitor:
         with undisturbed(self.model, self._data[0], self.evaluation), isolated(self._objective.layout.device):
             self._build()
             self._calls += 1
+            self.eigen = None  # not both at a time
             return self._measure()
 
     def _build(self) -> None:
@@ -205,6 +206,8 @@ class EdgeMonitor:
             numbers, self.eigen = self._processes.lead(hessian, lambda operator: _to_tell(*solve(operator)))
         else:
             numbers, self.eigen = solve(hessian)
+        if row.solve is not both_ends:  # one vector to start from, in place of those that the caller may drop
+            self._memory = {name: (_blend(*start), start[1][:1]) for name, start in self._memory.items()}
         numbers.law, numbers.reason = law.name, law.reason
         return numbers
 
@@ -278,6 +281,13 @@ def _pair(data: Any) -> tuple[Any, Any]:
             f"{len(data)}"
         )
     return data[0], data[1]
+
+
+def _blend(vectors: Tensor, values: Tensor) -> Tensor:
+    """Eigenvectors (P, r) in one, (P, 1): of the last, which is needed only roughly, less."""
+    weights = torch.ones_like(values)
+    weights[-1] = 0.3
+    return (vectors @ weights)[:, None]
 
 
 def _common(optimizer: Optimizer, name: str) -> float:

@@ -3,6 +3,7 @@
 import os
 import signal
 import time
+from itertools import pairwise
 
 import pytest
 import torch
@@ -64,7 +65,7 @@ def rows(share=slice(None), group=None, wrap=lambda model: model):
 
 def shares(count):
     bounds = {2: [0, 5, EXAMPLES], 3: [0, 4, 19, EXAMPLES]}[count]
-    return [slice(*pair) for pair in zip(bounds, bounds[1:], strict=False)]
+    return [slice(*pair) for pair in pairwise(bounds)]
 
 
 def join(rank, count, folder):
