@@ -74,7 +74,7 @@ class EdgeMonitor:
         retain_graph: keep the gradient's graph between products: half the time, in memory that grows with the
             examples. By default for a pair of at most three million parameters.
         max_basis: let the solver keep one vector more than this, at least ``eigenvalues + 3``, rather than 80: less
-            memory, more products. By default 5 for more than three million parameters.
+            memory, more products. By default 4 for more than three million parameters.
         group: of ``torch.distributed``, ``torch.distributed.group.WORLD`` say: all its processes construct a monitor
             and measure at the same time, each with its own share of the examples, and all get the same row.
 
@@ -207,7 +207,9 @@ class EdgeMonitor:
         else:
             numbers, self.eigen = solve(hessian)
         if row.solve is not both_ends:  # one vector to start from, in place of those that the caller may drop
-            self._memory = {name: (_blend(*start), start[1][:1]) for name, start in self._memory.items()}
+            self._memory = {
+                name: (_blend(*start, self.eigenvalues), start[1][:1]) for name, start in self._memory.items()
+            }
         numbers.law, numbers.reason = law.name, law.reason
         return numbers
 
@@ -283,10 +285,10 @@ def _pair(data: Any) -> tuple[Any, Any]:
     return data[0], data[1]
 
 
-def _blend(vectors: Tensor, values: Tensor) -> Tensor:
-    """Eigenvectors (P, r) in one, (P, 1): of the last, which is needed only roughly, less."""
-    weights = torch.ones_like(values)
-    weights[-1] = 0.3
+def _blend(vectors: Tensor, values: Tensor, count: int) -> Tensor:
+    """Eigenvectors (P, r) in one, (P, 1): those of the largest values, and less of the others."""
+    weights = torch.full_like(values, 0.3)
+    weights[values.argsort(descending=True)[:count]] = 1.0
     return (vectors @ weights)[:, None]
 
 
