@@ -208,7 +208,8 @@ class EdgeMonitor:
             numbers, self.eigen = solve(hessian)
         if row.solve is not both_ends:  # one vector to start from, in place of those that the caller may drop
             self._memory = {
-                name: (_blend(*start, self.eigenvalues), start[1][:1]) for name, start in self._memory.items()
+                name: (_blend(vectors, values, self.eigenvalues), values[:1])
+                for name, (vectors, values) in self._memory.items()
             }
         numbers.law, numbers.reason = law.name, law.reason
         return numbers
