@@ -29,7 +29,7 @@ __all__ = ["EdgeMonitor", "Row"]
 
 EDGES = ("gd_edge", "sam_edge", "edge", "edge_ratio")
 
-LARGE, FEW = 3_000_000, 5  # parameters from which on the solver keeps few vectors, and how many
+LARGE, FEW = 3_000_000, 4  # parameters from which on the solver keeps few vectors, and how many
 
 
 class Row(dict[str, float]):
@@ -74,7 +74,7 @@ class EdgeMonitor:
         retain_graph: keep the gradient's graph between products: half the time, in memory that grows with the
             examples. By default for a pair of at most three million parameters.
         max_basis: let the solver keep one vector more than this, at least ``eigenvalues + 3``, rather than 80: less
-            memory, more products. By default 5 for more than three million parameters.
+            memory, more products. By default 4 for more than three million parameters.
         group: of ``torch.distributed``, ``torch.distributed.group.WORLD`` say: all its processes construct a monitor
             and measure at the same time, each with its own share of the examples, and all get the same row.
 
@@ -156,6 +156,7 @@ class EdgeMonitor:
         with undisturbed(self.model, self._data[0], self.evaluation), isolated(self._objective.layout.device):
             self._build()
             self._calls += 1
+            self.eigen = None  # not both at a time
             return self._measure()
 
     def _build(self) -> None:
@@ -205,6 +206,11 @@ class EdgeMonitor:
             numbers, self.eigen = self._processes.lead(hessian, lambda operator: _to_tell(*solve(operator)))
         else:
             numbers, self.eigen = solve(hessian)
+        if row.solve is not both_ends:  # one vector to start from, in place of those that the caller may drop
+            self._memory = {
+                name: (_blend(vectors, values, self.eigenvalues), values[:1])
+                for name, (vectors, values) in self._memory.items()
+            }
         numbers.law, numbers.reason = law.name, law.reason
         return numbers
 
@@ -278,6 +284,13 @@ def _pair(data: Any) -> tuple[Any, Any]:
             f"{len(data)}"
         )
     return data[0], data[1]
+
+
+def _blend(vectors: Tensor, values: Tensor, count: int) -> Tensor:
+    """Eigenvectors (P, r) in one, (P, 1): those of the largest values, and less of the others."""
+    weights = torch.full_like(values, 0.3)
+    weights[values.argsort(descending=True)[:count]] = 1.0
+    return (vectors @ weights)[:, None]
 
 
 def _common(optimizer: Optimizer, name: str) -> float:

@@ -2,8 +2,11 @@
 
 import copy
 import csv
+import json
 import math
 import random
+import re
+from collections import OrderedDict
 
 import numpy as np
 import pytest
@@ -20,7 +23,7 @@ from samlib.lanczos import lanczos_ends
 from samlib.observables import measure
 from samlib.optim import EPSILON
 
-from .conftest import small_config, small_language_config
+from .conftest import ROOT, small_config, small_language_config
 
 SGD, Adam = torch.optim.SGD, torch.optim.Adam
 
@@ -301,7 +304,7 @@ def test_training_is_the_same_to_the_bit_with_and_without(name, autocast):
         for epoch in range(2):
             for inputs, targets in loader:
 
-                def closure(inputs=inputs, targets=targets, optimizer=optimizer, model=model):
+                def closure(model=model, optimizer=optimizer, inputs=inputs, targets=targets):
                     optimizer.zero_grad()
                     with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
                         loss = cross_entropy(model(inputs), targets)
@@ -427,12 +430,9 @@ def test_what_becomes_random_or_diverges_is_refused_at_the_measurement():
     assert all(m.training for m in model.modules())
     with torch.no_grad():
         model[0][2].weight[0, 0] = math.nan
-    with pytest.raises(FloatingPointError):
-        watch_from(model.eval(), monitor)
-
-
-def watch_from(model, monitor):
-    return monitor.measure()
+    model.eval()
+    with pytest.raises(FloatingPointError, match="not finite"):
+        monitor.measure()
 
 
 def test_it_is_not_measured_at_sams_perturbed_point():
@@ -459,6 +459,69 @@ def test_a_row_goes_into_a_table(tmp_path):
         table.writerow(row)
     with open(tmp_path / "edge.csv", encoding="utf-8") as file:
         assert float(next(csv.DictReader(file))["sharpness"]) == row["sharpness"]
+
+
+def snippets():
+    """The Python blocks in the text of the page on one's own model."""
+    page = json.loads((ROOT / "book/own_model.ipynb").read_text(encoding="utf-8"))
+    text = "\n".join("".join(cell["source"]) for cell in page["cells"] if cell["cell_type"] == "markdown")
+    return re.findall(r"```python\n(.*?)```", text, re.S)
+
+
+def small_network():
+    torch.manual_seed(0)
+    return nn.Sequential(
+        OrderedDict(conv1=nn.Conv2d(3, 4, 3), act=nn.Tanh(), flat=nn.Flatten(), fc=nn.Linear(4 * 36, 10))
+    )
+
+
+def test_the_pages_snippets_run():
+    *plain, lightning = snippets()
+    assert len(plain) == 2
+    assert "lightning" in lightning
+    model, inputs, targets = small_network(), numbers(32, 3, 8, 8).float(), torch.arange(32) % 10
+    names = {"model": model, "inputs": inputs, "targets": targets, "EdgeMonitor": EdgeMonitor}
+    names |= {"cross_entropy": cross_entropy, "optimizer": SGD(model.parameters(), lr=0.1)}
+    for snippet in plain:
+        exec(snippet, names)
+    with open("edge.csv") as file:
+        [line] = csv.DictReader(file)
+    assert float(line["edge"]) == pytest.approx(20)
+    assert set(names["layers"]) == {"conv1", "fc"}
+
+
+def test_the_pages_callback_runs_in_lightning(tmp_path):
+    lightning = pytest.importorskip("lightning")
+    names = {"EdgeMonitor": EdgeMonitor}
+    exec(snippets()[-1], names)
+
+    class Module(lightning.LightningModule):
+        def __init__(self):
+            super().__init__()
+            self.network = small_network()
+
+        def forward(self, x):
+            return self.network(x)
+
+        def training_step(self, batch, _):
+            return cross_entropy(self(batch[0]), batch[1])
+
+        def configure_optimizers(self):
+            return SGD(self.parameters(), lr=0.1)
+
+    data = numbers(32, 3, 8, 8).float(), torch.arange(32) % 10
+    logger = lightning.pytorch.loggers.CSVLogger(tmp_path)
+    trainer = lightning.Trainer(
+        max_steps=4,
+        logger=logger,
+        callbacks=[names["AtTheEdge"](cross_entropy, data, every=2)],
+        enable_progress_bar=False,
+        enable_checkpointing=False,
+        accelerator="cpu",
+    )
+    trainer.fit(Module(), DataLoader(TensorDataset(*data), batch_size=8))
+    with open(next(tmp_path.rglob("metrics.csv"))) as file:
+        assert [float(line["edge"]) for line in csv.DictReader(file)] == pytest.approx([20, 20])
 
 
 @pytest.mark.parametrize("basis", [4, 6, 9])
