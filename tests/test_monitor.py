@@ -484,7 +484,7 @@ def test_the_pages_snippets_run():
     names |= {"cross_entropy": cross_entropy, "optimizer": SGD(model.parameters(), lr=0.1)}
     for snippet in plain:
         exec(snippet, names)
-    with open("edge.csv") as file:
+    with open("edge.csv", encoding="utf-8") as file:
         [line] = csv.DictReader(file)
     assert float(line["edge"]) == pytest.approx(20)
     assert set(names["layers"]) == {"conv1", "fc"}
@@ -520,7 +520,7 @@ def test_the_pages_callback_runs_in_lightning(tmp_path):
         accelerator="cpu",
     )
     trainer.fit(Module(), DataLoader(TensorDataset(*data), batch_size=8))
-    with open(next(tmp_path.rglob("metrics.csv"))) as file:
+    with open(next(tmp_path.rglob("metrics.csv")), encoding="utf-8") as file:
         assert [float(line["edge"]) for line in csv.DictReader(file)] == pytest.approx([20, 20])
 
 
