@@ -150,7 +150,9 @@ def run(folder, count, victim, how, after):
     for process in alive:
         process.kill()
     assert not alive, "a process hangs"
-    return {rank: path.read_text(encoding="utf-8") for rank in range(count) if (path := folder / f"{rank}.txt").exists()}
+    return {
+        rank: path.read_text(encoding="utf-8") for rank in range(count) if (path := folder / f"{rank}.txt").exists()
+    }
 
 
 @pytest.mark.parametrize("after", [1, 9])
