@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from .davidson import Search, Wanted
-from .lowrank import LowRank, least_change, warm_start
+from .lowrank import LowRank, least_change, values_beside, warm_start
 from .ritz import SearchSpace, inner, norms
 from .symmetric import as_operator
 
@@ -50,7 +50,7 @@ class EigenResult:
         matvecs: operator–vector products spent.
         converged: whether every residual met the tolerance.
         model: what is known of the operator by now, from which the solve for a nearby one is best started, as ``v0``.
-        others: (m,) the further Ritz values of the search space, rough ones too, largest first.
+        others: what is known of further eigenvalues, rough ones too: Ritz values, and those of the model.
         missed: a bound on the probability that an eigenvalue lies beyond the k by more than ``tol``, or ten times that
             where one pair was found from a random start: from the check, 1 if there was none, 0 where the search space
             is the whole space. After a warm start it leaves out vectors that the search space has part of.
@@ -72,7 +72,7 @@ class EigenResult:
 
     @property
     def gap(self) -> float:
-        """The distance from the principal value to the next of the Ritz values, wanted or not."""
+        """The distance from the principal value to the next one known, rough where that was not asked for."""
         return _beside(self, [self.principal])[0]
 
 
@@ -204,10 +204,11 @@ def _solve(
         model, basis, image, lambda m: wanted.nearest(m, max(RANK, wanted.high + wanted.low + 1)), space.projected
     )
     real = model.values  # values have the vectors' precision, and are real
-    further = [i for i in range(len(pairs.theta)) if i not in pairs.chosen]
-    values, others = pairs.theta[pairs.chosen].to(real), pairs.theta[further].to(real)
+    vectors, further = pairs.vectors.mT, [i for i in range(len(pairs.theta)) if i not in pairs.chosen]
+    others = torch.cat([pairs.theta[further], values_beside(model, vectors)]).to(real)
+    values = pairs.theta[pairs.chosen].to(real)
     residuals, spent, done = pairs.residuals.to(real), space.matvecs, not pairs.open
-    return EigenResult(values, pairs.vectors.mT, residuals, spent, done, model, others, search.missed)
+    return EigenResult(values, vectors, residuals, spent, done, model, others, search.missed)
 
 
 class Alignment(NamedTuple):
@@ -216,7 +217,7 @@ class Alignment(NamedTuple):
     Attributes:
         cosine: |cos| of the angle between the vector and the span.
         pairs: the span's dimension: 1 for the principal eigenvector alone.
-        gap: distance from the span's values to the next Ritz value; ∞ if there is none.
+        gap: distance from the span's values to the next one known; ∞ if there is none.
         separate: whether the residuals tell the span from the rest. If not, a pair that was not computed, or one of
             another end, is mixed in, and the cosine is not to be relied on.
     """
@@ -257,9 +258,7 @@ def alignment(vector: Tensor, result: EigenResult, mixing: float = 0.3) -> Align
 
 
 def _beside(result: EigenResult, span: list[int]) -> tuple[float, float, int | None]:
-    """How far the next Ritz value is from some of the values; how far it is at least, by its own residual; and which
-    of the values that is, if any.
-    """
+    """How far the next known value is from some; how far at least, by its residual; and which of the pairs it is of."""
     rest = [i for i in range(len(result.values)) if i not in span]
     beside = torch.cat([result.values[rest], result.others]).double()
     if not len(beside):

@@ -124,7 +124,7 @@ def test_restarts_keep_the_basis_small_and_the_answer_right():
     result = top_eigenpairs(Diagonal(values), 1, tol=1e-3)
     assert result.converged
     assert result.matvecs > 40  # more than one basis full
-    assert len(result.others) < 40
+    assert len(result.others) < 40 + 12  # Ritz values, and those of the model
     assert float(result.values) == pytest.approx(1, abs=1e-3)
 
 
