@@ -102,7 +102,7 @@ def top_eigenpairs(
         explore: a check of the answer costs about so many products, and a fifth of those before it. In a Lanczos
             sequence from a random vector a copy of a multiple eigenvalue would show, or an eigenvector that the start
             was orthogonal to. It ends once ``missed`` is 0.1 % (on MNIST after up to two products for one pair from a
-            random start, after four to eight for several); when it has become dear, 10 % is enough. It is made again
+            random start, after three to eleven for several); when it has become dear, 10 % is enough. It is made again
             after it has found something. With 0 there is no check, but a random direction is mixed into the last
             vector of a warm start.
         value_tol: a pair is also good enough once residual²/gap, which estimates the error of its value, is at most
@@ -237,7 +237,7 @@ def alignment(vector: Tensor, result: EigenResult, mixing: float = 0.3) -> Align
     beside it is then taken into the span, and so on until the span is told from the rest.
 
     Args:
-        vector: a gradient, say, shape (P,).
+        vector: a gradient, say, shape (P,); one of length 0 has no direction, and its cosine is NaN.
         result: with the pair of largest magnitude, and those next to it as far as they were computed.
         mixing: largest bound on the sine of the angle that is put up with.
 
@@ -253,8 +253,9 @@ def alignment(vector: Tensor, result: EigenResult, mixing: float = 0.3) -> Align
             break
         span.append(nearest)
     along = inner(result.vectors[:, span].mT, vector.to(result.vectors)[None])
-    cosine = float(norms(along.mT) / norms(vector[None]))
-    return Alignment(min(cosine, 1.0), len(span), gap, separate)
+    length = float(norms(vector[None]))
+    cosine = min(float(norms(along.mT)) / length, 1.0) if length > 0 else math.nan
+    return Alignment(cosine, len(span), gap, separate)
 
 
 def _beside(result: EigenResult, span: list[int]) -> tuple[float, float, int | None]:
