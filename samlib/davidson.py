@@ -110,7 +110,8 @@ class Pairs:
         residuals = norms(misses, unit).cpu() + rounding
         # Whichever pair carries the operator norm has the tight tolerance, at either end.
         tight = torch.tensor([bool(wanted.largest) or i < wanted.high for i in chosen]) | (values.abs() == norm)
-        known = residuals <= torch.where(tight, theta.new_tensor(wanted.tol), theta.new_tensor(wanted.low_tol)) * norm
+        tolerances = theta.new_tensor([wanted.tol, wanted.low_tol])
+        known = residuals <= torch.where(tight, tolerances[0], tolerances[1]) * norm
         # A low pair that is loosely bounded but clearly below the norm has done its part.
         known |= ~tight & (values.abs() + 2 * residuals < norm) & (wanted.low_tol > wanted.tol)
         known |= (residuals / unit).square() <= wanted.value_tol * (_gaps(theta)[chosen] / unit)

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from .davidson import Search, Wanted
-from .lowrank import LowRank, least_change, warm_start
+from .lowrank import LowRank, least_change, values_beside, warm_start
 from .ritz import SearchSpace, inner, norms
 from .symmetric import SymmetricOperator, as_operator
 
@@ -51,7 +51,7 @@ class EigenResult:
         matvecs: operator–vector products spent.
         converged: whether every residual met the tolerance.
         model: what is known of the operator by now, from which the solve for a nearby one is best started, as ``v0``.
-        others: (m,) the further Ritz values of the search space, rough ones too, largest first.
+        others: what is known of further eigenvalues, rough ones too: Ritz values, and those of the model.
         missed: a bound on the probability that an eigenvalue lies beyond the k by more than ``tol``, or ten times that
             where one pair was found from a random start: from the check, 1 if there was none, 0 where the search space
             is the whole space. After a warm start it leaves out vectors that the search space has part of.
@@ -73,7 +73,7 @@ class EigenResult:
 
     @property
     def gap(self) -> float:
-        """The distance from the principal value to the next of the Ritz values, wanted or not."""
+        """The distance from the principal value to the next one known, rough where that was not asked for."""
         return _beside(self, [self.principal])[0]
 
 
@@ -103,7 +103,7 @@ def top_eigenpairs(
         explore: a check of the answer costs about so many products, and a fifth of those before it. In a Lanczos
             sequence from a random vector a copy of a multiple eigenvalue would show, or an eigenvector that the start
             was orthogonal to. It ends once ``missed`` is 0.1 % (on MNIST after up to two products for one pair from a
-            random start, after four to eight for several); when it has become dear, 10 % is enough. It is made again
+            random start, after three to eleven for several); when it has become dear, 10 % is enough. It is made again
             after it has found something. With 0 there is no check, but a random direction is mixed into the last
             vector of a warm start.
         value_tol: a pair is also good enough once residual²/gap, which estimates the error of its value, is at most
@@ -205,10 +205,11 @@ def _solve(
         model, basis, image, lambda m: wanted.nearest(m, max(RANK, wanted.high + wanted.low + 1)), space.projected
     )
     real = model.values  # values have the vectors' precision, and are real
-    further = [i for i in range(len(pairs.theta)) if i not in pairs.chosen]
-    values, others = pairs.theta[pairs.chosen].to(real), pairs.theta[further].to(real)
+    vectors, further = pairs.vectors.mT, [i for i in range(len(pairs.theta)) if i not in pairs.chosen]
+    others = torch.cat([pairs.theta[further], values_beside(model, vectors)]).to(real)
+    values = pairs.theta[pairs.chosen].to(real)
     residuals, spent, done = pairs.residuals.to(real), space.matvecs, not pairs.open
-    return EigenResult(values, pairs.vectors.mT, residuals, spent, done, model, others, search.missed)
+    return EigenResult(values, vectors, residuals, spent, done, model, others, search.missed)
 
 
 class Alignment(NamedTuple):
@@ -217,7 +218,7 @@ class Alignment(NamedTuple):
     Attributes:
         cosine: |cos| of the angle between the vector and the span.
         pairs: the span's dimension: 1 for the principal eigenvector alone.
-        gap: distance from the span's values to the next Ritz value; ∞ if there is none.
+        gap: distance from the span's values to the next one known; ∞ if there is none.
         separate: whether the residuals tell the span from the rest. If not, a pair that was not computed, or one of
             another end, is mixed in, and the cosine is not to be relied on.
     """
@@ -237,7 +238,7 @@ def alignment(vector: Tensor, result: EigenResult, mixing: float = 0.3) -> Align
     beside it is then taken into the span, and so on until the span is told from the rest.
 
     Args:
-        vector: a gradient, say, shape (P,).
+        vector: a gradient, say, shape (P,); one of length 0 has no direction, and its cosine is NaN.
         result: with the pair of largest magnitude, and those next to it as far as they were computed.
         mixing: largest bound on the sine of the angle that is put up with.
 
@@ -253,14 +254,13 @@ def alignment(vector: Tensor, result: EigenResult, mixing: float = 0.3) -> Align
             break
         span.append(nearest)
     along = inner(result.vectors[:, span].mT, vector.to(result.vectors)[None])
-    cosine = float(norms(along.mT) / norms(vector[None]))
-    return Alignment(min(cosine, 1.0), len(span), gap, separate)
+    length = float(norms(vector[None]))
+    cosine = min(float(norms(along.mT)) / length, 1.0) if length > 0 else math.nan
+    return Alignment(cosine, len(span), gap, separate)
 
 
 def _beside(result: EigenResult, span: list[int]) -> tuple[float, float, int | None]:
-    """How far the next Ritz value is from some of the values; how far it is at least, by its own residual; and which
-    of the values that is, if any.
-    """
+    """How far the next known value is from some; how far at least, by its residual; and which of the pairs it is of."""
     rest = [i for i in range(len(result.values)) if i not in span]
     beside = torch.cat([result.values[rest], result.others]).double()
     if not len(beside):

@@ -11,7 +11,7 @@ from torch import Tensor
 from .ritz import inner, largest
 from .symmetric import Operator
 
-__all__ = ["LowRank", "correction", "least_change", "warm_start"]
+__all__ = ["LowRank", "correction", "least_change", "values_beside", "warm_start"]
 
 
 class LowRank(NamedTuple):
@@ -47,6 +47,15 @@ def warm_start(
         raise ValueError(f"a model as v0 needs one value for each vector, got {tuple(values.shape)}")
     chosen = sorted(choose(len(values)), key=values.abs().tolist().__getitem__, reverse=True)
     return LowRank(rows.mT, values.to(rows.real.dtype)), rows[chosen]
+
+
+def values_beside(model: LowRank, vectors: Tensor) -> Tensor:
+    """Eigenvalues of a model beside orthonormal vectors X (P, k), largest first: those of (1 − X X*) M (1 − X X*)."""
+    along = inner(model.vectors.mT, vectors.mT).cpu()
+    lengths, turned = torch.linalg.eigh(torch.eye(len(along), dtype=along.dtype) - along @ along.mH)
+    seen = lengths > 1e-3  # the rest is along X, or nearly so
+    part = turned[:, seen] * lengths[seen].sqrt()
+    return torch.linalg.eigvalsh(part.mH * model.values.double().cpu() @ part).flip(0)
 
 
 def correction(residual: Tensor, theta: float, upper: bool, model: LowRank, closest: float) -> Tensor:
@@ -90,7 +99,8 @@ def least_change(
     beside.addmm_(coordinates.to(beside), rows, alpha=-1)
     # Everything else happens in coordinates: V, and an orthonormal basis of what lies beside it.
     gram = _gram(beside, count)
-    unit = gram.diagonal().real.sqrt().clamp_min(1000 * eps)
+    unit = gram.diagonal().real.sqrt()
+    unit[unit < 1000 * eps] = 1  # nothing but rounding lies beside V: not to be made a direction
     lengths, turned = torch.linalg.eigh(gram / unit / unit[:, None])
     # Squares of lengths: dropping one costs its root, keeping it eps/length² of orthogonality; here they are equal.
     seen = lengths > eps ** (2 / 3)

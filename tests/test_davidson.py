@@ -8,7 +8,6 @@ from hypothesis import strategies as st
 
 from samlib import MLP, HessianOperator, Objective, load_dataset, top_eigenpairs
 from samlib.eigen import extreme_eigenpairs
-from samlib.experiments import mean_squared_error
 from samlib.lowrank import LowRank
 from samlib.objective import flatten_parameters
 
@@ -37,7 +36,8 @@ def test_cold_solves_cost_little_more_than_lanczos(k, seed):
 def test_cold_solves_of_a_real_hessian_cost_little_more_than_lanczos(k):
     torch.manual_seed(0)
     dataset, model = load_dataset("mnist", 1000, "real"), MLP(width=200)
-    objective = Objective(model, mean_squared_error, dataset.train_inputs, dataset.train_targets)
+    loss = torch.nn.MSELoss()
+    objective = Objective(model, loss, dataset.train_inputs, dataset.train_targets)
     operator = HessianOperator(objective, flatten_parameters(model))
     result = top_eigenpairs(operator, k, tol=3e-3)
     steps = lanczos(operator, k, 3e-3)
@@ -124,7 +124,7 @@ def test_restarts_keep_the_basis_small_and_the_answer_right():
     result = top_eigenpairs(Diagonal(values), 1, tol=1e-3)
     assert result.converged
     assert result.matvecs > 40  # more than one basis full
-    assert len(result.others) < 40
+    assert len(result.others) < 40 + 12  # Ritz values, and those of the model
     assert float(result.values) == pytest.approx(1, abs=1e-3)
 
 

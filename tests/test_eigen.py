@@ -278,6 +278,7 @@ def test_alignment_with_the_larger_end_and_of_plain_matrices():
     found = alignment(torch.tensor([3.0, 4.0, 0.0]), result)
     assert found == (pytest.approx(0.6), 1, pytest.approx(4), True)
     assert alignment(torch.ones(1), top_eigenpairs(torch.ones(1, 1)))[1:] == (1, float("inf"), True)
+    assert np.isnan(alignment(torch.zeros(3), result).cosine)
     zero = alignment(torch.ones(4), top_eigenpairs(torch.zeros(4, 4), 2))
     assert zero.pairs == 2
     assert not zero.separate

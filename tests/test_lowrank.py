@@ -4,7 +4,7 @@ import torch
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from samlib.lowrank import LowRank, correction, least_change
+from samlib.lowrank import LowRank, correction, least_change, values_beside
 
 from .matrices import low_rank, with_spectrum
 
@@ -66,3 +66,26 @@ def test_the_correction_is_that_of_the_shifted_model(dtype):
     expected = correction(residual, 1.0, True, shifted, 0.01) - residual
     close = LowRank(vectors[:, :1], torch.tensor([1.2], dtype=torch.float64))
     torch.testing.assert_close(correction(residual, 1.0, True, close, 0.01) - residual, expected * 1.2 / 0.99)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.complex128])
+def test_values_beside_some_vectors(dtype):
+    torch.manual_seed(0)
+    basis, _ = torch.linalg.qr(torch.randn(15, 6, dtype=dtype))
+    model = LowRank(basis[:, :4], torch.tensor([3.0, 2.0, 1.0, -4.0], dtype=torch.float64))
+    # The first vector is one of the model's, the second lies across two of them and beyond.
+    vectors = torch.stack([basis[:, 0], 0.6 * basis[:, 1] + 0.8 * basis[:, 5]], 1)
+    outside = torch.eye(15) - vectors @ vectors.mH
+    matrix = outside @ model.vectors @ torch.diag(model.values).to(dtype) @ model.vectors.mH @ outside
+    expected = torch.linalg.eigvalsh(matrix)
+    torch.testing.assert_close(values_beside(model, vectors), expected[expected.abs() > 1e-9].flip(0))
+
+
+def test_the_least_change_when_all_is_known():
+    """Products with a basis of the whole space leave nothing beside it, and rounding is not taken for a direction."""
+    matrix = with_spectrum([-3.0, 2.0, 1.0], 0)
+    basis = low_rank(3, 3, torch.Generator().manual_seed(0)).vectors
+    old = low_rank(3, 2, torch.Generator().manual_seed(1))
+    new = least_change(old, basis, matrix @ basis, lambda count: list(range(count)))
+    torch.testing.assert_close(new.values, torch.tensor([2.0, 1.0, -3.0], dtype=torch.float64))
+    torch.testing.assert_close(new.vectors.T @ new.vectors, torch.eye(3, dtype=torch.float64))
