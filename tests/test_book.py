@@ -72,7 +72,7 @@ def test_the_table_of_contents_names_files_that_exist():
 def test_parameters_are_typed():
     for path in NOTEBOOKS:
         for name, parameter in papermill.inspect_notebook(str(path)).items():
-            assert parameter["inferred_type_name"] in ("str", "float", "int", "list"), (path, name)
+            assert parameter["inferred_type_name"] in ("str", "float", "int", "list", "bool", "dict"), (path, name)
 
 
 def test_one_run_notebook_executes_and_shows_its_figures(tmp_path):
