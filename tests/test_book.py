@@ -101,7 +101,8 @@ def small_book(tmp_path):
 
     def build(page):
         stage = tmp_path / "_build" / "stage"
-        shutil.copytree(ROOT / "book" / "_static", stage / "book" / "_static", dirs_exist_ok=True)
+        shutil.rmtree(stage, ignore_errors=True)
+        shutil.copytree(ROOT / "book" / "_static", stage / "book" / "_static", copy_function=shutil.copyfile)
         shutil.copy(ROOT / "book" / "references.bib", stage / "book")
         config = yaml.safe_load((ROOT / "_config.yml").read_text(encoding="utf-8"))
         (stage / "_config.yml").write_text(yaml.safe_dump(config), encoding="utf-8")
