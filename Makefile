@@ -2,7 +2,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: book pdf test lint site-test links bench check setup clean
+.PHONY: book pdf test places lint site-test links bench check setup clean
 
 book: setup
 	$(BIN)/samlib book
@@ -21,6 +21,10 @@ lint: setup
 	$(BIN)/mypy
 	$(BIN)/lint-imports --no-cache
 	$(BIN)/codespell README.md CONTRIBUTING.md book samlib tests benchmarks data/README.md
+
+# The tests in the locale C, and from a checkout that cannot be written.
+places: setup
+	.ci/places
 
 # The built website in Chromium; skipped where there is none. Leaves pictures of every page in _build/screenshots.
 site-test: setup

@@ -28,7 +28,7 @@ from jupyter_client.manager import KernelManager
 from samlib.journal import append
 from samlib.sweeps import engines as sweep_run
 from samlib.sweeps import planning as sweep
-from samlib.sweeps import progress
+from samlib.sweeps import points, progress
 from samlib.sweeps import report as sweep_report
 from samlib.sweeps.executing import Execution
 from samlib.sweeps.progress import Reporter
@@ -92,7 +92,7 @@ def thousand(folder: Path) -> dict[str, Any]:
         target.write_text("{}", encoding="utf-8")
         return Execution("finished", "", 1.0)
 
-    real, sweep.execute = sweep.execute, execute  # type: ignore[assignment]
+    real, points.execute = points.execute, execute  # type: ignore[assignment]
     try:
         planned = sweep.plan(path, folder / "out", grid=axes)
         before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
@@ -102,7 +102,7 @@ def thousand(folder: Path) -> dict[str, Any]:
         loop = time.perf_counter() - started
         grown = (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / 1024
     finally:
-        sweep.execute = real
+        points.execute = real
     started = time.perf_counter()
     frame = sweep_report.report(folder / "out")
     assert len(frame) == 1000

@@ -204,6 +204,8 @@ def book(
         invalid(str(error))
     except BookError as error:
         fail(str(error), 1)
+    except OSError as error:
+        fail(f"cannot write the book: {error}", 1)
     print(f"The book is built. Open {index}" + (f" or {printed}" if printed else ""))
 
 

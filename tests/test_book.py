@@ -106,6 +106,8 @@ def small_book(tmp_path):
         stage = tmp_path / "_build" / "stage"
         shutil.copytree(ROOT / "book" / "_static", stage / "book" / "_static", dirs_exist_ok=True)
         shutil.copy(ROOT / "book" / "references.bib", stage / "book")
+        for path in stage.rglob("*"):  # the checkout may be one that cannot be written
+            path.chmod(path.stat().st_mode | 0o200)
         config = yaml.safe_load((ROOT / "_config.yml").read_text(encoding="utf-8"))
         (stage / "_config.yml").write_text(yaml.safe_dump(config), encoding="utf-8")
         (stage / "_toc.yml").write_text("format: jb-book\nroot: book/index", encoding="utf-8")

@@ -133,6 +133,13 @@ def test_a_kernel_that_is_not_here_is_named_first(book, tmp_path):
     assert not (tmp_path / "_build").exists()
 
 
+def test_a_book_that_cannot_be_written_is_said(book, tmp_path):
+    book(TOC)
+    (tmp_path / "_build").touch()  # in the way, also of the superuser
+    result = CliRunner().invoke(app, ["book", "--root", str(tmp_path)])
+    assert (result.exit_code, "cannot write the book" in result.stderr) == (1, True), result.output
+
+
 def test_a_configuration_that_cannot_be_read_is_named(book, tmp_path):
     book(TOC)
     for content in ("html: [", "\x00"):
@@ -149,7 +156,11 @@ def test_a_link_that_an_editor_leaves_is_no_page(book, tmp_path):
     (tmp_path / "notebooks" / ".#one.ipynb").symlink_to("somebody@somewhere")
     (tmp_path / "book" / ".#a.md").symlink_to("somebody@somewhere")
     assert notebooks_in(toc) == ["notebooks/one"]
+    for path in (tmp_path / "book", tmp_path / "book" / "a.md"):  # nor is what cannot be written copied as such
+        path.chmod(0o555)
     stage = site_build._stage(tmp_path, contents.read_config(tmp_path), documents(toc))
+    assert all(path.stat().st_mode & 0o200 for path in stage.rglob("*"))
+    (tmp_path / "book").chmod(0o755)
     assert sorted(p.name for p in (stage / "notebooks").iterdir()) == ["deep", "one.ipynb", "two.ipynb"]
 
 

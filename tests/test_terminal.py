@@ -8,6 +8,7 @@ import pytest
 from typer.testing import CliRunner
 
 from samlib.cli import app
+from samlib.files import as_path
 from samlib.sweeps import load
 from samlib.terminal import given_once, pairs, seconds
 
@@ -42,21 +43,23 @@ def test_runs_are_trained_whatever_the_terminal_knows(charset, tmp_path):
 
 @pytest.mark.parametrize("charset", CHARSETS)
 def test_what_is_wrong_is_said_on_every_terminal(charset, tmp_path):
-    path = notebook(tmp_path / "höhe.ipynb", "η: float = 1.0")
+    path = notebook(tmp_path / as_path("höhe.ipynb"), "η: float = 1.0")
     result = call("sweep", path, "--grid", "η=größe", "--out", tmp_path / "out", charset=charset)
     assert result.exit_code == 2
     assert "must be a number, got" in result.output
-    result = call("sweep", path, "--grid", "η=1,2", "--out", tmp_path / "日本", "--dry-run", charset=charset)
+    result = call("sweep", path, "--grid", "η=1,2", "--out", tmp_path / as_path("日本"), "--dry-run", charset=charset)
     assert result.exit_code == 0
     assert "2 points, 2 of them without a result" in result.output
 
 
 def test_text_goes_through_the_locale_c_as_it_is(tmp_path):
     cell = "open(f'{name}.txt', 'w').write(f'η of {name}')\nfrom samlib.journal import record\nrecord(said=name)"
-    (tmp_path / "überall").mkdir()
-    path = notebook(tmp_path / "überall" / "höhe.ipynb", "name: str = ''\nstore: str = ''", cell)
-    (tmp_path / "größe.yaml").write_text("grid: {name: [größe, 日本]}\n", encoding="utf-8")
-    out = tmp_path / "überall" / "日本"
+    folder = tmp_path / as_path("überall")
+    folder.mkdir()
+    path = notebook(folder / as_path("höhe.ipynb"), "name: str = ''\nstore: str = ''", cell)
+    config = tmp_path / as_path("größe.yaml")
+    config.write_text("grid: {name: [größe, 日本]}\n", encoding="utf-8")
+    out = folder / as_path("日本")
 
     def samlib(*words):
         command = [sys.executable, "-m", "samlib.cli", *map(str, words)]
@@ -65,17 +68,17 @@ def test_text_goes_through_the_locale_c_as_it_is(tmp_path):
         assert done.returncode == 0, done.stderr.decode()
         return done.stdout.decode()
 
-    assert "name=h" in samlib("sweep", path, "--grid", "name=höhe", "--out", tmp_path / "o", "--dry-run")
-    samlib("sweep", path, "--config", "größe.yaml", "--out", out, "--jobs", 2)
+    assert "name=h" in samlib("sweep", path, "--grid", as_path("name=höhe"), "--out", tmp_path / "o", "--dry-run")
+    samlib("sweep", path, "--config", config, "--out", out, "--jobs", 2)
     samlib("sweep", "report", out)
     table = (out / "table.csv").read_text(encoding="utf-8")
     assert table.count("größe") == table.count("日本") == 2
     page = (out / "report.html").read_text(encoding="utf-8")
     assert "größe" in page
     assert "日本" in page
-    assert (tmp_path / "größe.txt").read_text(encoding="utf-8") == "η of größe"
+    assert (tmp_path / as_path("größe.txt")).read_text(encoding="utf-8") == "η of größe"
     # And what was begun there goes on here.
-    result = call("sweep", path, "--config", "größe.yaml", "--out", out)
+    result = call("sweep", path, "--config", config, "--out", out)
     assert (result.exit_code, "2 of 2 points are done already" in result.output) == (0, True), result.output
     assert str(load(out).notebook) == str(path)
 

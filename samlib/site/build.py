@@ -78,6 +78,8 @@ def _stage(root: Path, config: dict[str, Any], pages: list[Path]) -> Path:
         elif (root / part).is_file():
             shutil.copy(root / part, stage)
     shutil.copy(root / "_toc.yml", stage)
+    for path in stage.rglob("*"):  # what is copied from a checkout that cannot be written cannot be either
+        path.chmod(path.stat().st_mode | 0o200)
     config = configure(config)
     config["execute"]["execute_notebooks"] = "off"
     (stage / "_config.yml").write_text(yaml.safe_dump(config, sort_keys=False), encoding="utf-8")
