@@ -85,7 +85,8 @@ def price(table: pd.DataFrame, runs: Sequence[Run]) -> Figure:
         axis = canvas.subplots()
         axis.axvline(1, color=GREY, linestyle=(0, (5, 2)))
         axis.axhline(1, color=GREY, linestyle=(0, (5, 2)))
-        for number, (name, part) in enumerate(table.groupby("rule", sort=False)):
+        falling = sorted(table.groupby("rule"), key=lambda group: -group[1].ratio.mean())
+        for number, (name, part) in enumerate(falling):
             axis.plot(part.cost, part.ratio, "o", color=BLUE)
             above = number % 2 == 0  # of neighbours one above and one below
             place = (float(part.cost.mean()), float(part.ratio.max() if above else part.ratio.min()))
