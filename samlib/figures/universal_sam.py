@@ -85,10 +85,14 @@ def price(table: pd.DataFrame, runs: Sequence[Run]) -> Figure:
         axis = canvas.subplots()
         axis.axvline(1, color=GREY, linestyle=(0, (5, 2)))
         axis.axhline(1, color=GREY, linestyle=(0, (5, 2)))
-        for name, part in table.groupby("rule", sort=False):
+        falling = sorted(table.groupby("rule"), key=lambda group: -group[1].ratio.mean())
+        for number, (name, part) in enumerate(falling):
             axis.plot(part.cost, part.ratio, "o", color=BLUE)
-            place = (float(part.cost.mean()), float(part.ratio.max()))
-            axis.annotate(str(name), place, (0, 7), textcoords="offset points", ha="center", fontsize=9)
+            above = number % 2 == 0  # of neighbours one above and one below
+            place = (float(part.cost.mean()), float(part.ratio.max() if above else part.ratio.min()))
+            axis.annotate(
+                str(name), place, (0, 7 if above else -15), textcoords="offset points", ha="center", fontsize=9
+            )
         axis.set(xscale="log", xlabel="gradients / those of SAM", ylabel="own measure / that of SAM")
         axis.set_xticks([0.5, 1, 2, 3], ["0.5", "1", "2", "3"], minor=False)
         axis.minorticks_off()
