@@ -35,8 +35,9 @@ class Curvature(SymmetricOperator, Protocol):
 def both_ends(
     operator: SymmetricOperator, count: int, start: Any, tol: float, generator: torch.Generator
 ) -> EigenResult:
-    """The ``count`` largest pairs and the smallest one, warm from an earlier result's model."""
-    return extreme_eigenpairs(operator, count, 1, start, tol, generator=generator, explore=0)
+    """The ``count`` largest pairs and the smallest one: warm from an earlier result's model, or checked from cold."""
+    explore = 6 if start is None else 0
+    return extreme_eigenpairs(operator, count, 1, start, tol, generator=generator, explore=explore)
 
 
 @dataclass(eq=False)

@@ -125,7 +125,6 @@ def test_the_error_tells_of_a_quadrature_too_short():
     assert off <= 2 * sums.errors["log_determinant"]
 
 
-@pytest.mark.xfail(reason="open: since the check of the solver a warm start takes two products more here, 53 for 51")
 def test_float32_repeats_by_seed_and_a_model_saves_products():
     values = network_like(300)
     matrix = with_spectrum(values).float()
