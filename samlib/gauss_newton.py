@@ -147,15 +147,6 @@ class TangentKernelOperator(_LinearisedOperator):
         rows = len(objective.inputs) * self._outputs
         self.shape = (rows, rows)
 
-    def start(self) -> Tensor:
-        """Where to look for leading eigenvectors: for each output the vector that moves it alike in all examples.
-
-        Returns:
-            Shape (NC, C), for the argument ``v0`` of the solvers.
-        """
-        one = torch.eye(self._outputs, dtype=self.dtype, device=self.device)
-        return one.repeat(len(self.objective.inputs), 1)
-
     def matvec(self, vector: Tensor) -> Tensor:
         """Θ u for u of shape (NC,)."""
         self.matvecs += 1

@@ -199,8 +199,9 @@ def spectral_sums(
     if k < 1 or probes < 1 or steps < 2:
         raise ValueError(f"k and probes must be at least 1 and steps at least 2, got {k}, {probes} and {steps}")
     size, generator = operator.shape[0], generator or torch.Generator().manual_seed(0)
-    # No check: a pair that is missed is among those the probes stand for.
-    leading = top_eigenpairs(operator, min(k, size), "LM", v0, tol, generator=generator, explore=0)
+    # A warm start needs no check: a pair that is missed is among those the probes stand for. From cold, copies show.
+    explore = 1 if v0 is None else 0
+    leading = top_eigenpairs(operator, min(k, size), "LM", v0, tol, generator=generator, explore=explore)
     top, matvecs = leading.values.double().cpu(), leading.matvecs
     nodes, weights = torch.zeros(2, 1, 2, dtype=torch.float64)
     if len(top) < size:

@@ -112,19 +112,6 @@ def test_tangent_kernel_products_with_samlibs_own_layers(retain):
     torch.testing.assert_close(dense(operator), 2 / 36 * jacobian @ jacobian.T)
 
 
-def test_the_start_for_the_tangent_kernel_saves_products():
-    """Examples that are alike move together, so that the leading eigenvectors hardly depend on the example."""
-    torch.manual_seed(0)
-    model = nn.Sequential(nn.Linear(5, 30), nn.ReLU(), nn.Linear(30, 4)).double()
-    x, y = 1 + 0.3 * torch.randn(50, 5).double(), torch.randn(50, 4).double()
-    objective, params = Objective(model, mean_squared_error, x, y), flatten_parameters(model)
-    operator = TangentKernelOperator(objective, params)
-    cold = top_eigenpairs(operator, 4, tol=1e-3, explore=0)
-    warm = top_eigenpairs(operator, 4, tol=1e-3, explore=0, v0=operator.start())
-    torch.testing.assert_close(warm.values, cold.values, rtol=1e-3, atol=0)
-    assert warm.matvecs < cold.matvecs
-
-
 def test_losses_and_outputs_without_curvature():
     x, params = torch.randn(5, 3, dtype=torch.float64), torch.ones(4, dtype=torch.float64)
     model = nn.Linear(3, 1, dtype=torch.float64)

@@ -52,8 +52,9 @@ def _noise_kernel(point: Point) -> dict[str, float]:
     outputs = blocks.shape[1]
     trace = float(blocks.diagonal(dim1=1, dim2=2).sum(1).mean())
     kernel = TangentKernelOperator(objective, w)
-    start = point.memory.get("ntk") or kernel.start()
-    found = top_eigenpairs(kernel, PAIRS, v0=start, tol=TOLERANCE, generator=point.generator(), explore=0)
+    start = point.memory.get("ntk")
+    explore = 6 if start is None else 0
+    found = top_eigenpairs(kernel, PAIRS, v0=start, tol=TOLERANCE, generator=point.generator(), explore=explore)
     point.memory["ntk"] = tuple(found.model)
     low, high = kernel_norm_bounds(trace, found.values, rate, p, outputs)
     row = {
