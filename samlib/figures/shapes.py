@@ -76,7 +76,7 @@ def panels(
                 plain_log(axis)
         pictures = "".join(f"<div>{render(canvas, f'{alt}: {title}')}</div>" for title, canvas, _ in canvases)
     names = "".join(
-        f'<span style="color:{colour}"><b aria-hidden="true">━</b> {html.escape(label)}</span>'
+        f'<span><b aria-hidden="true" style="color:{colour}">━</b> {html.escape(label)}</span>'
         for label, colour in (key or {}).items()
     )
     legend = f'<p class="samlib-key">{names}</p>' if names else ""
