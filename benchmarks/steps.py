@@ -23,8 +23,8 @@ LIMIT = 1.05
 RUNS = {
     "mnist": {"learning_rate": 0.3, "rho": 0.1, "steps": (20, 100)},
     "mnist, GD": {"learning_rate": 0.3, "rho": 0.0, "steps": (20, 180)},
-    "cifar10": {"learning_rate": 0.003, "rho": 0.1, "steps": (4, 20)},
-    "shakespeare": {"learning_rate": 0.1, "rho": 0.1, "steps": (4, 20)},
+    "cifar10": {"learning_rate": 0.003, "rho": 0.1, "steps": (4, 44)},
+    "shakespeare": {"learning_rate": 0.1, "rho": 0.1, "steps": (4, 124)},
 }
 CODE = """
 import sys, time

@@ -103,16 +103,18 @@ class HessianOperator:
         return self._within(lambda: self._product(vector))
 
     def _product(self, vector: Tensor) -> Tensor:
-        product: Tensor | None = None
-        gradients = self._gradients or (self._differentiate(loss) for loss in self.objective.chunk_losses())
-        for gradient in gradients:
+        product = torch.zeros_like(vector)
+        # What is done with is let go at once: the graph of one chunk, and few vectors, bound the memory.
+        for gradient in self._gradients or map(self._differentiate, self.objective.chunk_losses()):
             # A loss that is linear in w has a gradient without a graph, and no Hessian.
             if gradient.requires_grad:
                 keep = self.retain_graph
                 term = torch.autograd.grad(gradient, self._params, vector, retain_graph=keep, allow_unused=True)[0]
                 if term is not None:
-                    product = term if product is None else product + term
-        return torch.zeros_like(vector) if product is None else product
+                    product += term
+                del term
+            del gradient
+        return product
 
     __matmul__ = matvec
 

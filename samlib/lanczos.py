@@ -61,7 +61,8 @@ def lanczos_ends(
     rows, projected = _begin(operator, start, high, basis, generator)
     count = matvecs = 0
     while True:
-        residue = operator @ rows[count]
+        residue = rows[count + 1]  # in place: a vector less
+        residue.copy_(operator @ rows[count])
         matvecs, count = matvecs + 1, count + 1
         column = _orthogonalise(residue, rows[:count])
         if not bool(column.isfinite().all()):
@@ -81,9 +82,9 @@ def lanczos_ends(
             count = len(kept)
             projected.zero_()[:count, :count] = theta[kept].diag()
         if beta <= rounding:  # the space is invariant: go on beside it
-            residue = _random(generator, rows)
+            residue.copy_(_random(generator, rows))
             _orthogonalise(residue, rows[:count])
-        rows[count] = residue / norm(residue).to(residue)
+        rows[count] = residue.div_(norm(residue).to(residue))
     if not done:
         warnings.warn(
             f"eigenpairs not converged after {matvecs} products: largest residual {residuals[wanted].max():.2e} "

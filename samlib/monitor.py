@@ -21,6 +21,7 @@ from .lanczos import lanczos_ends
 from .laws import EdgeLaw, edge_law
 from .objective import Loss, Objective
 from .objective.isolation import isolated, undisturbed
+from .objective.parameters import Layout
 from .optim import SAM, uphill
 from .optim.precision import norm
 from .processes import Processes, SharedHessian
@@ -29,7 +30,8 @@ __all__ = ["EdgeMonitor", "Row"]
 
 EDGES = ("gd_edge", "sam_edge", "edge", "edge_ratio")
 
-LARGE, FEW = 3_000_000, 4  # parameters from which on the solver keeps few vectors, and how many
+# Beyond so many parameters memory counts: how many vectors the solver keeps, and examples at a time, by default.
+LARGE, FEW, CHUNK = 3_000_000, 4, 32
 
 
 class Row(dict[str, float]):
@@ -70,7 +72,8 @@ class EdgeMonitor:
             refused if that is random, with dropout or BatchNorm in training mode.
         eigenvalues: how many of the largest.
         tol: bound on residuals, relative to the operator norm.
-        chunk_size: examples at a time, which bounds the memory; by default all of a pair, or a batch.
+        chunk_size: examples at a time, which bounds the memory; by default all of a pair, or a batch, and at most 32
+            for more than three million parameters.
         retain_graph: keep the gradient's graph between products: half the time, in memory that grows with the
             examples. By default for a pair of at most three million parameters.
         max_basis: let the solver keep one vector more than this, at least ``eigenvalues + 3``, rather than 80: less
@@ -126,10 +129,8 @@ class EdgeMonitor:
         self.law = EdgeLaw("", reason="nothing has been measured yet")
         self.eigen: EigenResult | None = None
         self._parameters = [parameters] if isinstance(parameters, str) else parameters and list(parameters)
-        self._data, self._retain = _pair(data), retain_graph
-        self._make: Callable[..., Objective] = partial(
-            Objective, self.model, loss, *self._data, chunk_size=chunk_size, retain_graph=retain_graph
-        )
+        self._data, self._chunk, self._retain = _pair(data), chunk_size, retain_graph
+        self._make: Callable[..., Objective] = partial(Objective, self.model, loss, *self._data)
         self._processes = None if group is None else Processes(group)
         self._memory: dict[str, Any] = {}
         self._built_for: Any = None
@@ -166,12 +167,14 @@ class EdgeMonitor:
         if self._built_for == (modes, named):
             return
         self._memory.clear()
-        self._objective = self._together(lambda: self._make(parameters=self._parameters))
+        self._large = Layout(self.model, self._parameters).size > LARGE
+        memory: dict[str, Any] = {"chunk_size": self._chunk, "retain_graph": self._retain}
+        if self._large:
+            memory = {"chunk_size": self._chunk or CHUNK, "retain_graph": bool(self._retain)}
+        self._objective = self._together(lambda: self._make(parameters=self._parameters, **memory))
         self._whole = self._objective
         if self._parameters and isinstance(self.optimizer, SAM):  # which perturbs the others too
-            self._whole = self._together(self._make)
-        if self._retain is None and self._objective.size > LARGE:
-            self._objective.retain_graph = False
+            self._whole = self._together(lambda: self._make(**memory))
         self._share = self._processes.share(self._objective) if self._processes else 1.0
         self._built_for = modes, named
 
@@ -254,7 +257,7 @@ class EdgeMonitor:
 
     def _solver(self) -> Solver:
         basis = self.max_basis
-        if basis is None and self._objective.size > LARGE:
+        if basis is None and self._large:
             basis = max(FEW, self.eigenvalues + 3)
         if basis is None:
             return both_ends

@@ -102,10 +102,11 @@ def train_grid(
     cores = os.cpu_count() or 1
     jobs = jobs or max(1, min(len(configs), cores))
     threads = max(1, cores // jobs) if jobs > 1 else torch.get_num_threads()
-    for config in dict.fromkeys(configs):
+    completed: dict[RunConfig, Run | None] = dict.fromkeys(configs)
+    for config in sorted(completed, key=lambda c: repr(_data(c))):  # so that each data set is loaded once
         _check(config)
+        completed[config] = store.load(config.identity(_dataset(config).fingerprint))
     # What is there already needs no processes.
-    completed = {c: store.load(c.identity(_dataset(c).fingerprint)) for c in dict.fromkeys(configs)}
     for run in filter(None, completed.values()):
         done(run)
     missing = [config for config, run in completed.items() if run is None]
@@ -127,17 +128,21 @@ def _check(config: RunConfig) -> None:
         raise ValueError(f"batch_size must be at most the {available} training examples, got {config.batch_size}")
 
 
-def _dataset(config: RunConfig) -> Dataset:
-    """The configuration's data set; the last one is kept, since the runs of a grid share it."""
+def _data(config: RunConfig) -> tuple[Any, ...]:
+    """What a configuration's data set hangs on."""
     experiment = find(config.experiment)
     own = tuple(getattr(config, name) for name in experiment.settings.model_fields)
     about = (experiment.source, config.examples, config.data, own)
     key: tuple[Any, ...] = (experiment.name, about, *data_folders())
-    if experiment.seeded_data:
-        key = (*key, config.seed)
+    return (*key, config.seed) if experiment.seeded_data else key
+
+
+def _dataset(config: RunConfig) -> Dataset:
+    """The configuration's data set; the last one is kept, since the runs of a grid share it."""
+    key = _data(config)
     if key not in _LOADED:
         _LOADED.clear()
-        _LOADED[key] = experiment.load(config)
+        _LOADED[key] = find(config.experiment).load(config)
     return _LOADED[key]
 
 
