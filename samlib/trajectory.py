@@ -168,10 +168,11 @@ class Trajectory:
         buffers = task.training.buffers if task.training else {}
         diverged = False
         with base_alone(self.optimizer) if step < config.warmup_steps else nullcontext():
-            law = law_of(self.config, self.optimizer)
+            # Of the state before the step; only a measurement asks for it.
+            law = law_of(self.config, self.optimizer) if operator else None
             try:
                 descent = take(self.optimizer, closure)
-                if operator:
+                if operator and law:
                     row = self._measure(operator, law, rate, descent if shared else None)
             except FloatingPointError:
                 row = {"loss": math.inf}
