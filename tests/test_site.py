@@ -3,6 +3,7 @@
 ``make book`` leaves the site in ``_build/html``; these tests leave pictures of its pages in ``_build/screenshots``.
 """
 
+import math
 from importlib.util import find_spec
 
 import pytest
@@ -178,6 +179,40 @@ def test_the_laboratory_tells_the_three_outcomes_apart(visit, server):
     press("lambda", "Home")
     press("rho", "Home")
     assert lab.get_attribute("data-outcome") == "converges"
+
+
+def test_the_laboratory_steps_by_the_rule_that_is_chosen(visit, server):
+    page = visit(f"{server}/book/laboratory.html")
+    lab, state = page.locator("#lab"), page.locator("#lab-state")
+    for rule, limit in (("heavy", "3.8/η = 38"), ("nesterov", "1.36/η = 13.6"), ("usam", "2/η = 20")):
+        page.locator("#lab select").select_option(rule)
+        page.locator("#lab input[name=lambda]").fill("2.3")
+        assert lab.get_attribute("data-outcome") == "blows up"
+        assert f"above {limit}" in state.inner_text()
+    points = page.locator("#lab-edge").get_attribute("points").split()
+    level = {point.split(",")[1] for point in points}
+    assert len(level) == 1  # unnormalised SAM's edge is the same for every gradient norm
+    page.locator("#lab input[name=lambda]").fill("0")
+    assert lab.get_attribute("data-outcome") == "converges"
+
+
+def test_the_noise_of_small_batches_blows_up_what_full_batches_do_not(visit, server):
+    page = visit(f"{server}/book/laboratory.html")
+    noise, curve = page.locator("#noise"), page.locator("#noise-curve")
+
+    def choose(rate, batch):
+        for name, value in (("x", rate), ("batch", batch)):
+            page.locator(f"#noise input[name={name}]").fill(f"{math.log10(value):.2f}")
+        return noise.get_attribute("data-outcome")
+
+    assert choose(0.2, 100) == "converges"
+    assert choose(0.2, 50) == "converges"  # 2B/N = 1
+    assert choose(0.2, 5) == "noise"  # 0.1
+    assert choose(2.2, 100) == "blows up"
+    assert choose(0.05, 5) == "converges"
+    before = curve.get_attribute("points")
+    page.locator("#noise input[name=seed]").fill("7")
+    assert curve.get_attribute("points") != before
 
 
 @pytest.fixture
