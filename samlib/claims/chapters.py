@@ -10,11 +10,12 @@ import pandas as pd
 from ..files import atomic_write
 from ..provenance import commit
 from ..runs import published_path
-from . import balanced_features, graphsam, stochastic_edge, universal_sam, which_edge
+from . import balanced_features, graphsam, kinks, stochastic_edge, universal_sam, which_edge
 
 __all__ = ["CHAPTERS", "publish_toys", "published_toys"]
 
-_ALL = (stochastic_edge.CHAPTER, universal_sam.CHAPTER, graphsam.CHAPTER, balanced_features.CHAPTER, which_edge.CHAPTER)
+_SYSTEMS = (stochastic_edge.CHAPTER, universal_sam.CHAPTER, graphsam.CHAPTER, balanced_features.CHAPTER)
+_ALL = (kinks.CHAPTER, *_SYSTEMS, which_edge.CHAPTER)
 CHAPTERS = {chapter.name: chapter for chapter in _ALL}
 
 
