@@ -143,7 +143,7 @@ const RULES = {
 
 // ---- the sharpness -----------------------------------------------------------------------------------------------------
 
-const KEPT = 4, MOST = 60; // Ritz vectors that the next step starts from; columns of the search space
+const KEPT = 3, MOST = 60; // Ritz vectors that the next step starts from; columns of the search space
 
 // λ_max of a symmetric operator by Rayleigh–Ritz. The space starts with the Ritz vectors of the step before and grows by
 // the top pair's residual until that is small: an eigenvalue lies within ‖Hx − θx‖ of θ, and far closer to it as a rule.
