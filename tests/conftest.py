@@ -117,8 +117,8 @@ def visit(browser):
     """
     contexts = []
 
-    def visit(address, width=1280, theme="light"):
-        context = browser.new_context(viewport={"width": width, "height": 900}, color_scheme=theme)
+    def visit(address, width=1280, theme="light", **more):
+        context = browser.new_context(viewport={"width": width, "height": 900}, color_scheme=theme, **more)
         context.set_default_timeout(60_000)
         contexts.append(context)
         page = context.new_page()

@@ -20,7 +20,8 @@ from samlib.site.live import EXAMPLES, digits, stage_live
 from .conftest import needs_site
 
 STEPS, RHO, MOMENTUM = 50, 0.1, 0.9
-SETTINGS = {"gd": 1.0, "sam": 1.0, "momentum": 0.5}  # rules and learning rates; SAM is at its edge after 20 steps
+SETTINGS = {"gd": 1.0, "sam": 1.0, "momentum": 0.5}  # rules and learning rates; SAM passes its edge within 50 steps
+STILL = {"reduced_motion": "reduce"}  # the page then waits for the reader
 
 
 def test_the_digits_are_scikit_learns():
@@ -70,10 +71,9 @@ def trained(network, rule):
 
 
 @needs_site
-@pytest.mark.parametrize("tolerance", [1e-3, 1e-6])
-@pytest.mark.parametrize("rule", SETTINGS)
+@pytest.mark.parametrize(("rule", "tolerance"), [("gd", 1e-3), ("sam", 1e-3), ("sam", 1e-6), ("momentum", 1e-3)])
 def test_its_steps_and_sharpness_are_samlibs(visit, server, network, rule, tolerance):
-    page = visit(f"{server}/book/live.html")
+    page = visit(f"{server}/book/live.html", **STILL)
     rows = page.evaluate(
         "options => samlibLive.train(options)",
         {"rule": rule, "learningRate": SETTINGS[rule], "rho": RHO, "steps": STEPS, "tolerance": tolerance}
@@ -87,12 +87,13 @@ def test_its_steps_and_sharpness_are_samlibs(visit, server, network, rule, toler
     np.testing.assert_allclose([row["sharpness"] for row in rows], sharpness, rtol=1e-4)
     assert max(row["residual"] / row["sharpness"] for row in rows) <= tolerance
     if rule == "sam":  # the comparison covers the edge
-        assert sharpness[-1] / edge[-1] == pytest.approx(1, abs=0.05)
+        assert sharpness[0] < edge[0]
+        assert (sharpness > edge).any()
 
 
 @needs_site
 def test_a_seed_decides_the_path(visit, server):
-    page = visit(f"{server}/book/live.html")
+    page = visit(f"{server}/book/live.html", **STILL)
     first, again, other = (
         page.evaluate("seed => samlibLive.train({ rule: 'gd', learningRate: 1, seed, steps: 3 })", seed)
         for seed in (1, 1, 2)
@@ -127,17 +128,14 @@ def test_it_trains_once_it_is_seen_and_can_be_paused_and_restarted(visit, origin
 
 
 @needs_site
-def test_readers_who_prefer_little_motion_start_it_themselves(browser, server):
-    page = browser.new_page(reduced_motion="reduce")
-    workers = []
-    page.on("worker", workers.append)
-    page.goto(f"{server}/book/live.html")
-    page.wait_for_function("document.getElementById('live').dataset.state === 'waiting'")
+def test_readers_who_prefer_little_motion_start_it_themselves(visit, server):
+    page = visit(f"{server}/book/live.html", **STILL)
+    wait(page, "state === 'waiting'")
     assert page.locator("#live-state").inner_text() == "Press Start to train."
-    assert workers == []
+    assert page.workers == []
     page.locator("#live button[name=run]").click()
     wait(page, "steps >= 1")
-    page.close()
+    assert len(page.workers) == 1
 
 
 @needs_site
