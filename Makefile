@@ -13,7 +13,7 @@ pdf: setup
 
 # Without the browser tests, which look at the built book: those are `make site-test`.
 test: lint
-	OMP_NUM_THREADS=1 PYTHONWARNDEFAULTENCODING=1 $(BIN)/python -m pytest --numprocesses=2 --ignore=tests/test_site.py --cov=samlib --cov-report=term-missing:skip-covered --cov-fail-under=90
+	OMP_NUM_THREADS=1 PYTHONWARNDEFAULTENCODING=1 $(BIN)/python -m pytest --numprocesses=2 --ignore=tests/test_site.py --ignore=tests/test_live.py --cov=samlib --cov-report=term-missing:skip-covered --cov-fail-under=90
 
 lint: setup
 	$(BIN)/ruff check .
@@ -28,7 +28,7 @@ places: setup
 
 # The built website in Chromium; skipped where there is none. Leaves pictures of every page in _build/screenshots.
 site-test: setup
-	$(BIN)/python -m pytest --numprocesses=2 tests/test_site.py
+	$(BIN)/python -m pytest --numprocesses=2 tests/test_site.py tests/test_live.py
 
 # The links that lead out of the built book; needs a network.
 links: setup

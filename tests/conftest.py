@@ -1,6 +1,7 @@
 """Shared fixtures: small problems in float64, a store, and real data where there is any."""
 
 import os
+from importlib.util import find_spec
 from pathlib import Path
 
 import matplotlib as mpl
@@ -13,10 +14,20 @@ from samlib.datasets import SOURCES
 from samlib.datasets.files import problem as file_problem
 from samlib.experiments import cross_entropy, mean_squared_error
 from samlib.objective import flatten_parameters
+from samlib.site.browser import chromium, launch, serve, settle
 
 mpl.use("agg")
 ROOT = Path(__file__).parents[1]
+SITE = ROOT / "_build" / "html"
 REAL_DATA = Path(os.environ.get("SAMLIB_DATA", ROOT / "data"))
+
+# What looks at the built website in a browser.
+MISSING = [
+    *(["a built site: run `make book` first"] if not (SITE / "index.html").exists() else []),
+    *(["Chromium"] if not chromium() else []),
+    *(name for name in ("playwright", "axe_playwright_python") if not find_spec(name)),
+]
+needs_site = pytest.mark.skipif(bool(MISSING), reason=f"this needs {', '.join(MISSING)}")
 
 
 def pytest_collection_modifyitems(items):
@@ -84,3 +95,49 @@ def problem(name, seed=0, dtype=torch.float64, **settings):
 class WithBatchNorm(nn.Sequential):
     def __init__(self):
         super().__init__(nn.Linear(3, 4), nn.BatchNorm1d(4), nn.ReLU(), nn.Linear(4, 2))
+
+
+@pytest.fixture(scope="module")
+def server():
+    with serve(SITE) as address:
+        yield address
+
+
+@pytest.fixture(scope="module")
+def browser():
+    with launch() as chromium:
+        yield chromium
+
+
+@pytest.fixture
+def visit(browser):
+    """Open an address in a window of its own, and wait until its mathematics is set.
+
+    The page gets two lists: ``requests``, the addresses it asked for, and ``errors``, what went wrong meanwhile.
+    """
+    contexts = []
+
+    def visit(address, width=1280, theme="light", **more):
+        context = browser.new_context(viewport={"width": width, "height": 900}, color_scheme=theme, **more)
+        context.set_default_timeout(60_000)
+        contexts.append(context)
+        page = context.new_page()
+        page.requests, page.errors = [], []
+        page.on("request", lambda request: page.requests.append(request.url))
+        page.on("requestfailed", lambda request: page.errors.append(f"failed: {request.url}"))
+        page.on("response", lambda response: response.ok or page.errors.append(f"{response.status}: {response.url}"))
+        page.on("console", lambda message: message.type == "error" and page.errors.append(message.text))
+        page.on("pageerror", lambda error: page.errors.append(str(error)))
+        page.goto(address)
+        settle(page)
+        return page
+
+    yield visit
+    for context in contexts:
+        context.close()
+
+
+@pytest.fixture(params=["server", "file"])
+def origin(request):
+    """Where the site is read from: a static server, or the files as they lie on disk."""
+    return SITE.as_uri() if request.param == "file" else request.getfixturevalue("server")

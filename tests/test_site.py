@@ -4,74 +4,19 @@
 """
 
 import math
-from importlib.util import find_spec
 
 import pytest
 from bs4 import BeautifulSoup
 
-from samlib.site.browser import chromium, launch, serve, settle
+from .conftest import ROOT, SITE, needs_site
 
-from .conftest import ROOT
-
-SITE = ROOT / "_build" / "html"
 SHOTS = ROOT / "_build" / "screenshots"
-MISSING = [
-    *(["a built site: run `make book` first"] if not (SITE / "index.html").exists() else []),
-    *(["Chromium"] if not chromium() else []),
-    *(name for name in ("playwright", "axe_playwright_python") if not find_spec(name)),
-]
-pytestmark = pytest.mark.skipif(bool(MISSING), reason=f"this needs {', '.join(MISSING)}")
+pytestmark = needs_site
 PAGES = [
     "search.html",
     *sorted(str(p.relative_to(SITE)) for f in ("book", "notebooks") for p in (SITE / f).glob("*.html")),
 ]
 MEGABYTE = 2**20
-
-
-@pytest.fixture(scope="module")
-def server():
-    with serve(SITE) as address:
-        yield address
-
-
-@pytest.fixture(scope="module")
-def browser():
-    with launch() as chromium:
-        yield chromium
-
-
-@pytest.fixture
-def visit(browser):
-    """Open an address in a window of its own, and wait until its mathematics is set.
-
-    The page gets two lists: ``requests``, the addresses it asked for, and ``errors``, what went wrong meanwhile.
-    """
-    contexts = []
-
-    def visit(address, width=1280, theme="light"):
-        context = browser.new_context(viewport={"width": width, "height": 900}, color_scheme=theme)
-        context.set_default_timeout(60_000)
-        contexts.append(context)
-        page = context.new_page()
-        page.requests, page.errors = [], []
-        page.on("request", lambda request: page.requests.append(request.url))
-        page.on("requestfailed", lambda request: page.errors.append(f"failed: {request.url}"))
-        page.on("response", lambda response: response.ok or page.errors.append(f"{response.status}: {response.url}"))
-        page.on("console", lambda message: message.type == "error" and page.errors.append(message.text))
-        page.on("pageerror", lambda error: page.errors.append(str(error)))
-        page.goto(address)
-        settle(page)
-        return page
-
-    yield visit
-    for context in contexts:
-        context.close()
-
-
-@pytest.fixture(params=["server", "file"])
-def origin(request):
-    """Where the site is read from: a static server, or the files as they lie on disk."""
-    return SITE.as_uri() if request.param == "file" else request.getfixturevalue("server")
 
 
 @pytest.mark.parametrize("name", PAGES)

@@ -20,6 +20,7 @@ from ..sweeps.executing import execute
 from ..sweeps.notebooks import parameters
 from . import browser
 from .contents import InvalidBook, check_kernels, documents, notebooks_in, read_config, require
+from .live import stage_live
 from .sharing import clean_downloads, configure, files_of_data, stage_card
 
 __all__ = ["BookError", "InvalidBook", "build", "execution_times", "notebooks_in", "pdf"]
@@ -59,6 +60,7 @@ def build(root: Path, profile: str = "quick", data: str = "auto", printed: bool 
     with filelock.FileLock(root / "_build" / ".lock"):
         stage = _stage(root, config, pages)
         stage_card(stage, config["title"])
+        stage_live(stage)
         _execute_all(root, stage, names, {"profile": profile, "data": data, "stage": as_text(stage)})
         index = _jupyter_book(root, "html")
         clean_downloads(root, index.parent, names)
