@@ -1,6 +1,6 @@
 """Verdicts on claims, from recorded runs and toy problems only."""
 
-from .base import Chapter, Claim, Evidence, Unit, Verdict, bootstrap, evaluate, last_half, paired
+from .base import PARTLY, REPRODUCED, Chapter, Claim, Evidence, Unit, Verdict, bootstrap, evaluate, last_half, paired
 from .chapters import CHAPTERS, publish_toys, published_toys
 from .paper import CLAIMS
 from .verdicts import agrees_with_record, of_chapter, record, recorded, summary, table, verdicts
@@ -8,6 +8,8 @@ from .verdicts import agrees_with_record, of_chapter, record, recorded, summary,
 __all__ = [
     "CHAPTERS",
     "CLAIMS",
+    "PARTLY",
+    "REPRODUCED",
     "Chapter",
     "Claim",
     "Evidence",
