@@ -3,7 +3,7 @@
 from .base import PARTLY, REPRODUCED, Chapter, Claim, Evidence, Unit, Verdict, bootstrap, evaluate, last_half, paired
 from .chapters import CHAPTERS, publish_toys, published_toys
 from .paper import CLAIMS
-from .verdicts import agrees_with_record, of_chapter, record, recorded, summary, table, verdicts
+from .verdicts import agrees_with_record, of_chapter, record, recorded, table, verdicts
 
 __all__ = [
     "CHAPTERS",
@@ -25,7 +25,6 @@ __all__ = [
     "published_toys",
     "record",
     "recorded",
-    "summary",
     "table",
     "verdicts",
 ]

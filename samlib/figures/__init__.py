@@ -14,7 +14,7 @@ from .paper import (
     norms_and_edges,
 )
 from .shapes import SHOWN, forest, panels
-from .story import card, headline, standalone
+from .story import card, headline, seen, standalone
 from .style import COLOURS, LABELS, Figure, drawing, render
 from .verdicts import claims, fold, outcome
 
@@ -45,6 +45,7 @@ __all__ = [
     "outcome",
     "panels",
     "render",
+    "seen",
     "standalone",
     "standard",
     "tidy",

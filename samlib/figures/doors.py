@@ -1,10 +1,11 @@
-"""The first page's small multiples: for each experiment and each related system a picture, the verdict, and the way in."""
+"""The first page's small multiples: for each experiment and related system a picture, the verdict, and the way in."""
 
 from __future__ import annotations
 
 import html
 from collections import Counter
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import NamedTuple
 
 import matplotlib as mpl
@@ -25,7 +26,7 @@ from .balanced_features import PROBES, Kind, by_seed
 from .graphsam import AGES, BETAS, by_age
 from .shapes import SHOWN, legend
 from .stochastic_edge import KERNEL
-from .style import COLOURS, FOREGROUND, LABELS, STYLE, plain_log, render
+from .style import COLOURS, FOREGROUND, STYLE, plain_log, render
 from .verdicts import outcome
 
 __all__ = ["doors"]
@@ -48,12 +49,18 @@ class Door(NamedTuple):
     colours: dict[str, str]
 
 
-def doors(results: Sequence[Verdict]) -> HTML:
-    """A picture, a verdict and a link for each experiment and each related system."""
-    return HTML(f'<div class="samlib-doors full-width">{"".join(_door(name, results) for name in DOORS)}</div>')
+def doors(results: Sequence[Verdict], folder: Path | None = None) -> HTML:
+    """A picture, a verdict and a link for each experiment and each related system.
+
+    Args:
+        results: all verdicts.
+        folder: of the published runs.
+    """
+    shown = "".join(_door(name, results, published_runs(name, folder)) for name in DOORS)
+    return HTML(f'<div class="samlib-doors full-width">{shown}</div>')
 
 
-def _door(name: str, results: Sequence[Verdict]) -> str:
+def _door(name: str, results: Sequence[Verdict], runs: Sequence[Run]) -> str:
     own = [verdict for verdict in results if verdict.experiment == name and verdict.leading]
     [main] = [verdict for verdict in own if verdict.claim.key == DOORS[name].claim]
     heading = CHAPTERS[name].title if name in CHAPTERS else title(name)
@@ -62,9 +69,10 @@ def _door(name: str, results: Sequence[Verdict]) -> str:
     place = f"claims.html#{name if name in CHAPTERS else 'paper'}-{main.claim.key}"
     with mpl.rc_context(STYLE):
         canvas = Canvas(figsize=SIZE, layout="constrained")
-        seen = DOORS[name].draw(canvas.subplots(), published_runs(name))
+        seen = DOORS[name].draw(canvas.subplots(), runs)
         picture = render(canvas, f"{heading}: {seen}") if seen else "<p>No picture yet.</p>"
-    units = f" ({main.supporting} of {main.total})" if main.total else ""
+    scale = "" if name in CHAPTERS else f", profile {main.profile}"
+    units = f" ({main.supporting} of {main.total}{scale})" if main.total else ""
     return (
         f'<section><h3><a href="../notebooks/{name}.html">{heading}</a></h3>{legend(DOORS[name].colours)}{picture}'
         f"<p>{html.escape(main.claim.text)} <strong>{outcome(main)}</strong>{units}</p>"
@@ -83,7 +91,9 @@ def _story(axis: Axes, runs: Sequence[Run]) -> str | None:
     axis.set(yscale="log", xlabel="step")
     plain_log(axis)
     last = run.last
-    return f"{LABELS['operator_norm']} ends at {last.operator_norm:.3g}, the SAM edge at {last.edge:.3g}, 2/η is {last.gd_edge:.3g}"
+    return (
+        f"the operator norm ends at {last.operator_norm:.3g}, SAM's edge at {last.edge:.3g}; 2/η is {last.gd_edge:.3g}"
+    )
 
 
 def _settling(axis: Axes, runs: Sequence[Run]) -> str | None:

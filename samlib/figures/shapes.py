@@ -14,7 +14,7 @@ from matplotlib.figure import Figure as Canvas
 
 from ..claims import Verdict
 from ..runs import Run
-from .style import COLOURS, FOREGROUND, STYLE, Figure, drawing, plain_log, render
+from .style import COLOURS, FOREGROUND, LEAST, STYLE, Figure, drawing, plain_log, render
 
 __all__ = ["SHOWN", "forest", "legend", "panels"]
 
@@ -74,9 +74,11 @@ def panels(
         if log:
             for _, _, axis in canvases:
                 plain_log(axis)
+        words = _shared_words([axis for _, _, axis in canvases])
         pictures = "".join(f"<div>{render(canvas, f'{alt}: {title}')}</div>" for title, canvas, _ in canvases)
+    least = f"--panel:{LEAST * 72 * size[0]:.0f}px"
     return Figure(
-        f'{legend(key or {})}<div class="samlib-panels">{pictures}</div>',
+        f'{legend(key or {})}{words}<div class="samlib-panels" style="{least}">{pictures}</div>',
         alt,
         caption,
         data,
@@ -84,6 +86,23 @@ def panels(
         name,
         wide=len(canvases) > 2,
     )
+
+
+def _shared_words(axes: Sequence[Axes]) -> str:
+    """What the axes of all panels have in common is said once, above them, and taken off the panels."""
+    if len(axes) < 2:
+        return ""
+    ways: list[tuple[str, Callable[[Axes], str], Callable[[Axes, str], Any]]] = [
+        ("↑", Axes.get_ylabel, Axes.set_ylabel),
+        ("→", Axes.get_xlabel, Axes.set_xlabel),
+    ]
+    said = []
+    for arrow, get, put in ways:
+        if len(labels := {get(axis) for axis in axes}) == 1 and (label := labels.pop()):
+            said.append(f"{arrow} {html.escape(label)}")
+            for axis in axes:
+                put(axis, "")
+    return f'<p class="samlib-axes">{" &emsp; ".join(said)}</p>' if said else ""
 
 
 def legend(names: Mapping[str, str]) -> str:
@@ -122,7 +141,9 @@ def forest(verdict: Verdict, label: Callable[[Any], str] | None = None, log: boo
                 colour, full = SHOWN[outcome][1], outcome == "reproduced"
                 values = chosen[column][held]
                 face = colour if full else "none"
-                axis.scatter(values, [place] * len(values), s=34, facecolors=face, edgecolors=colour, alpha=0.8, zorder=3)
+                axis.scatter(
+                    values, [place] * len(values), s=34, facecolors=face, edgecolors=colour, alpha=0.8, zorder=3
+                )
         last = len(order)
         if np.isfinite([verdict.low, verdict.high]).all():
             axis.plot([verdict.low, verdict.high], [last, last], color=FOREGROUND, linewidth=2)
@@ -143,8 +164,8 @@ def forest(verdict: Verdict, label: Callable[[Any], str] | None = None, log: boo
     shape, _ = SHOWN[verdict.outcome]
     caption = (
         f"{html.escape(claim.text)} <strong>{shape} {verdict.outcome}</strong>: {verdict.supporting} of "
-        f"{verdict.total}, the full dots. Wanted: {html.escape(claim.threshold)} (the band). The diamond is over all, with "
-        "its 95 % interval."
+        f"{verdict.total}, the full dots. Wanted: {html.escape(claim.threshold)} (the band). The diamond is over all, "
+        "with its 95 % interval."
     )
     alt = f"Forest plot of {column} for {verdict.total} units: {verdict.outcome}"
     size = (7.0, 1.1 + 0.28 * (len(order) + 1))

@@ -15,7 +15,7 @@ from ..runs import Run
 from ..selection import tidy
 from .style import COLOURS, FOREGROUND, LABELS, STYLE, Figure, drawing, plain_log
 
-__all__ = ["card", "headline", "standalone", "story"]
+__all__ = ["card", "headline", "seen", "standalone", "story"]
 
 EITHER = "#7d838c"  # text that can be read on white and on black alike
 
@@ -41,16 +41,21 @@ def headline(run: Run) -> Figure:
         return frame
 
     config, last = run.config, run.last
-    alt = (
-        f"During SAM training on {title(config.experiment)} the norm of the Hessian meets the SAM edge and falls "
-        f"with it to {last.operator_norm:.2g}, far below the gradient-descent edge {last.gd_edge:.2g}"
-    )
     caption = (
         f"{title(config.experiment)}, η = {config.learning_rate:g}, ρ = {config.rho:g}, seed {config.seed}, profile "
         f"{config.profile}: at step {last.step:.0f} the ratio of operator norm and SAM edge is {last.edge_ratio:.2f}, "
         f"and 2/η is {last.gd_edge / last.edge:.1f} times the SAM edge."
     )
-    return drawing(draw, (7, 3.4), "headline", alt, caption, [run])
+    return drawing(draw, (7, 3.4), "headline", seen(run), caption, [run])
+
+
+def seen(run: Run) -> str:
+    """What the story shows, in words."""
+    last = run.last
+    return (
+        f"During SAM training on {title(run.config.experiment)} the norm of the Hessian meets the SAM edge and falls "
+        f"with it to {last.operator_norm:.2g}, far below the gradient-descent edge {last.gd_edge:.2g}"
+    )
 
 
 def story(axis: Axes, frame: pd.DataFrame, size: float = 1) -> None:

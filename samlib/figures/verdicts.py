@@ -37,11 +37,12 @@ def claims(results: Sequence[Verdict], name: str) -> HTML:
         f'<text x="{WIDTH * share}" y="12" font-size="12" text-anchor="middle" fill="currentColor">{share:.0%}</text>'
         for share in (PARTLY, REPRODUCED)
     )
+    where = "<span></span>" if any(map(_where, results)) else ""
     head = (
-        '<div class="samlib-claims-head" aria-hidden="true"><span class="samlib-standing"><span></span>'
+        f'<div class="samlib-claims-head" aria-hidden="true"><span class="samlib-standing">{where}'
         f"<span></span>{_strip(marks)}<span>support it</span><span>statistic [95 %]</span></span></div>"
     )
-    return HTML(f'<div class="samlib-claims full-width">{head}{rows}</div>')
+    return HTML(f'<div class="samlib-claims full-width{" samlib-by-place" * bool(where)}">{head}{rows}</div>')
 
 
 def fold(title: str, lines: Sequence[str]) -> HTML:
@@ -86,8 +87,9 @@ def _standing(verdict: Verdict) -> str:
         f'<path d="M{WIDTH * at} 0V16" stroke="currentColor" stroke-opacity="0.5"/>' for at in (PARTLY, REPRODUCED)
     )
     ground = f'<path d="M0 8H{WIDTH}" stroke="currentColor" stroke-opacity="0.25"/>'
+    where = f"<span>{_where(verdict)}</span>" if _where(verdict) else ""
     return (
-        f'<span class="samlib-standing"><span>{_where(verdict)}</span><span>{outcome(verdict)}</span>'
+        f'<span class="samlib-standing">{where}<span>{outcome(verdict)}</span>'
         f"{_strip(ground + lines + bar)}<span>{counts}</span><span>{numbers}</span></span>"
     )
 
@@ -113,6 +115,8 @@ def _evidence(verdict: Verdict) -> str:
         return f"{head}<p>Not recorded.</p>"
     numbers = verdict.details.drop(columns="run_id").to_html(index=False, border=0, float_format="{:.3f}".format)
     ids = ", ".join(f"<code>{i}</code>" for i in verdict.details.run_id if i)
-    table = f'<div class="samlib-numbers" tabindex="0" role="region" aria-label="All numbers">{numbers}<p>{ids}</p></div>'
+    table = (
+        f'<div class="samlib-numbers" tabindex="0" role="region" aria-label="All numbers">{numbers}<p>{ids}</p></div>'
+    )
     behind = f"<details><summary>All numbers, and run ids</summary>{table}</details>"
     return f"{head}{forest(verdict)._repr_html_()}{behind}"
