@@ -64,7 +64,7 @@ def _door(name: str, results: Sequence[Verdict], runs: Sequence[Run]) -> str:
     own = [verdict for verdict in results if verdict.experiment == name and verdict.leading]
     [main] = [verdict for verdict in own if verdict.claim.key == DOORS[name].claim]
     heading = CHAPTERS[name].title if name in CHAPTERS else title(name)
-    counts = Counter(verdict.outcome for verdict in own)
+    counts: Counter[str] = Counter(verdict.outcome for verdict in own)
     tally = " · ".join(f"{SHOWN[word][0]} {counts[word]} {word}" for word in SHOWN if counts[word])
     place = f"claims.html#{name if name in CHAPTERS else 'paper'}-{main.claim.key}"
     with mpl.rc_context(STYLE):
