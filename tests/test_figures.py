@@ -109,7 +109,7 @@ def test_a_setting_recorded_on_two_devices_counts_once():
 
 def drawn(svg):
     """The numbers of a picture's paths, and its words."""
-    page = BeautifulSoup(svg, "xml")
+    page = BeautifulSoup(svg, "html.parser")
     numbers = [float(n) for path in page.select("path[d]") for n in re.findall(r"-?[\d.]+", path["d"])]
     return np.array(numbers), [text.get_text() for text in page.select("text")]
 
@@ -158,7 +158,7 @@ def test_a_list_of_claims_tells_each_verdict_by_word_and_shape(runs):
     assert any(verdict.total for verdict in results)
 
 
-def test_every_experiment_and_every_system_has_a_door(tmp_path):
+def test_every_experiment_and_every_system_has_a_door():
     page = BeautifulSoup(figures.doors(verdicts()).data, "html.parser")
     links = [section.a["href"] for section in page.select("section")]
     names = dict.fromkeys(name for claim in CLAIMS for name in claim.experiments)
@@ -172,5 +172,4 @@ def test_every_experiment_and_every_system_has_a_door(tmp_path):
 
 def test_doors_without_runs_say_so(tmp_path):
     page = figures.doors(verdicts(tmp_path), tmp_path).data
-    assert page.count("No picture yet.") == page.count("– </b> not recorded") + page.count("–</b> not recorded")
-    assert page.count("No picture yet.") == 3 + len(CHAPTERS)
+    assert page.count("No picture yet.") == page.count("–</b> not recorded") == 3 + len(CHAPTERS)

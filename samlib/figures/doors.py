@@ -113,6 +113,8 @@ def _settling(axis: Axes, runs: Sequence[Run]) -> str | None:
 
 def _own_measures(axis: Axes, runs: Sequence[Run]) -> str | None:
     table, own = measures_table(runs), own_columns()
+    if not len(table):
+        return None
     shown = {rule: column for rule, column in own.items() if (table.rule == rule).any()}
     seen = []
     for place, (rule, column) in enumerate(shown.items()):
@@ -142,10 +144,12 @@ def _uphill(axis: Axes, runs: Sequence[Run]) -> str | None:
 def _balance(axis: Axes, runs: Sequence[Run]) -> str | None:
     kinds = [Kind("CNN with BatchNorm", 0.3, 0.01)]
     frame = pd.concat([by_seed(runs, kinds, level).assign(level=level) for level in LEVELS])
+    if not len(frame):
+        return None
     seen = []
     axis.axhline(0, color=FOREGROUND, linewidth=0.8)
     for probe, colour in PROBES.items():
-        part = frame[frame.probe == probe].dropna(subset="difference") if len(frame) else frame
+        part = frame[frame.probe == probe].dropna(subset="difference")
         axis.plot(part.level, part.difference, "o", color=colour, markersize=2.5, alpha=0.6)
         means = part.groupby("level").difference.mean()
         axis.plot(means.index, means, color=colour)
