@@ -90,7 +90,7 @@ def price(table: pd.DataFrame, runs: Sequence[Run]) -> Figure:
             axis.plot(part.cost, part.ratio, "o", color=BLUE)
             above = number % 2 == 0  # of neighbours one above and one below
             place = (float(part.cost.mean()), float(part.ratio.max() if above else part.ratio.min()))
-            axis.annotate(str(name), place, (0, 7 if above else -15), textcoords="offset points", ha="center")
+            axis.annotate(str(name), place, (0, 9 if above else -18), textcoords="offset points", ha="center")
         axis.set(xscale="log", xlabel="gradients / those of SAM", ylabel="own measure / that of SAM")
         axis.set_xticks([0.5, 1, 2, 3], ["0.5", "1", "2", "3"], minor=False)
         axis.minorticks_off()
