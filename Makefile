@@ -2,7 +2,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: book pdf test places lint site-test links bench check setup clean
+.PHONY: book pdf picture test places lint site-test links bench check setup clean
 
 book: setup
 	$(BIN)/samlib book
@@ -10,6 +10,11 @@ book: setup
 # The whole book in one file, _build/book.pdf; needs Chromium.
 pdf: setup
 	$(BIN)/samlib book --pdf
+
+# The picture that the README opens with, from the published runs; a test fails if it is no longer theirs.
+picture: setup
+	$(BIN)/python -c "from samlib import figures, published_runs; \
+	open('book/_static/edge.svg', 'w', encoding='utf-8').write(figures.standalone(figures.typical(published_runs('mnist'))))"
 
 # Without the browser tests, which look at the built book: those are `make site-test`.
 test: lint

@@ -124,6 +124,8 @@ SOUND = """(top)=
 
 ![A dot](_static/favicon.svg)
 
+<details class="samlib-fold"><summary>A fold</summary>What is in it.</details>
+
 ```{bibliography}
 ```
 """
@@ -154,6 +156,7 @@ def test_the_book_prints_with_bookmarks_and_mathematics(small_book, tmp_path):
     assert "A page" in str(printed.outline)
     text = "".join(page.extract_text() for page in printed.pages)
     assert "A page" in text
+    assert "What is in it." in text
     assert "alpha" not in text
 
 

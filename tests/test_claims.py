@@ -6,7 +6,7 @@ import pytest
 from typer.testing import CliRunner
 
 from samlib import Run, RunConfig, published_runs
-from samlib.claims import CLAIMS, Evidence, agrees_with_record, evaluate, record, summary, table, verdicts
+from samlib.claims import CLAIMS, Evidence, agrees_with_record, evaluate, record, table, verdicts
 from samlib.cli import app
 from samlib.experiments import EXPERIMENTS
 from samlib.figures import standard
@@ -125,7 +125,6 @@ def test_the_recorded_verdicts_are_those_of_the_published_runs():
     results = verdicts()
     assert agrees_with_record(results) == []
     assert len(table(results)) == len(results) >= sum(len(claim.experiments) for claim in CLAIMS)
-    assert list(summary(results).claim.str.replace("\u2060", "")) == [claim.text for claim in CLAIMS]
 
 
 def test_record_round_trip(tmp_path):
@@ -195,4 +194,3 @@ def test_the_paper_profile_speaks_for_an_experiment_once_its_grid_is_whole(tmp_p
     publish(paper[-1:], path)
     found = [v for v in verdicts(tmp_path) if v.claim.key == "sam" and v.experiment == "mnist"]
     assert [(v.profile, v.leading, v.total) for v in found] == [("paper", True, 9), ("reduced", False, 1)]
-    assert summary(verdicts(tmp_path)).MNIST[1] == "not reproduced (0/9)"

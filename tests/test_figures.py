@@ -5,11 +5,14 @@ import re
 import numpy as np
 import pandas as pd
 import pytest
+from bs4 import BeautifulSoup
 
 from samlib import Run, RunConfig, figures, published_runs, train
+from samlib.claims import CHAPTERS, CLAIMS, Evidence, evaluate, verdicts
 from samlib.cli import app
+from samlib.experiments import EXPERIMENTS
 
-from .conftest import small_config
+from .conftest import ROOT, small_config
 
 
 @pytest.fixture(scope="module")
@@ -102,3 +105,71 @@ def test_a_setting_recorded_on_two_devices_counts_once():
     assert [r.id for r in figures.standard(runs, "paper")] == ["cpu0", "cpu1"]
     assert figures.typical(runs) is None
     assert figures.typical(published_runs("mnist")).config.rho == 0.1
+
+
+def drawn(svg):
+    """The numbers of a picture's paths, and its words."""
+    page = BeautifulSoup(svg, "html.parser")
+    numbers = [float(n) for path in page.select("path[d]") for n in re.findall(r"-?[\d.]+", path["d"])]
+    return np.array(numbers), [text.get_text() for text in page.select("text")]
+
+
+def test_the_picture_of_the_readme_is_that_of_the_published_runs():
+    """If not: make picture."""
+    run = figures.typical(published_runs("mnist"))
+    kept = (ROOT / "book/_static/edge.svg").read_text(encoding="utf-8")
+    (numbers, words), (expected, expected_words) = drawn(kept), drawn(figures.standalone(run))
+    assert words == expected_words
+    np.testing.assert_allclose(numbers, expected, atol=0.01)
+    readme = (ROOT / "README.md").read_text(encoding="utf-8")
+    assert f"![{figures.seen(run)}](book/_static/edge.svg)" in readme.split("##")[0]
+
+
+def test_the_picture_of_the_readme_can_be_read_on_light_and_on_dark_pages():
+    svg = (ROOT / "book/_static/edge.svg").read_text(encoding="utf-8")
+
+    def luminance(colour):
+        channels = [int(colour[i : i + 2], 16) / 255 for i in (1, 3, 5)]
+        linear = [c / 12.92 if c <= 0.04045 else ((c + 0.055) / 1.055) ** 2.4 for c in channels]
+        return np.dot([0.2126, 0.7152, 0.0722], linear)
+
+    used = set(re.findall(r"(?:stroke|fill): (#[0-9a-f]{6})", svg))
+    assert len(used) == 4
+    for colour in used:
+        for ground in ("#ffffff", "#0d1117"):  # GitHub's
+            dark, light = sorted([luminance(colour), luminance(ground)])
+            assert (light + 0.05) / (dark + 0.05) > 3, (colour, ground)
+
+
+def test_a_list_of_claims_tells_each_verdict_by_word_and_shape(runs):
+    results = [evaluate(claim, Evidence(runs if i % 2 else [], {}), "mnist") for i, claim in enumerate(CLAIMS)]
+    page = BeautifulSoup(figures.claims(results, "paper").data, "html.parser")
+    folds = page.select("details.samlib-fold")
+    assert [fold.h3["id"] for fold in folds] == [f"paper-{claim.key}" for claim in CLAIMS]
+    for fold, verdict in zip(folds, results, strict=True):
+        assert not fold.has_attr("open")
+        assert verdict.claim.text == fold.summary.h3.get_text()
+        told = fold.summary.get_text(" ", strip=True)
+        assert f"{figures.SHOWN[verdict.outcome][0]} {verdict.outcome}" in told
+        assert (f"{verdict.supporting} of {verdict.total}" in told) == bool(verdict.total)
+        for fact in (verdict.claim.unit, verdict.claim.statistic, verdict.claim.threshold):
+            assert fact in fold.dl.get_text()
+        assert len(fold.select("figure")) == bool(verdict.total)
+    assert any(verdict.total for verdict in results)
+
+
+def test_every_experiment_and_every_system_has_a_door():
+    page = BeautifulSoup(figures.doors(verdicts()).data, "html.parser")
+    links = [section.a["href"] for section in page.select("section")]
+    names = dict.fromkeys(name for claim in CLAIMS for name in claim.experiments)
+    assert links == [f"../notebooks/{name}.html" for name in (*names, *CHAPTERS)]
+    assert set(names) <= set(EXPERIMENTS)
+    for section in page.select("section"):
+        assert len(section.svg["aria-label"]) > 40
+        word = section.strong.get_text()
+        assert any(word == f"{shape} {outcome}" for outcome, (shape, _) in figures.SHOWN.items())
+
+
+def test_doors_without_runs_say_so(tmp_path):
+    page = figures.doors(verdicts(tmp_path), tmp_path).data
+    assert page.count("No picture yet.") == page.count("–</b> not recorded") == 3 + len(CHAPTERS)

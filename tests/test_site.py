@@ -8,6 +8,8 @@ import math
 import pytest
 from bs4 import BeautifulSoup
 
+from samlib.figures import SHOWN
+
 from .conftest import ROOT, SITE, needs_site
 
 SHOTS = ROOT / "_build" / "screenshots"
@@ -61,6 +63,79 @@ def test_a_page_fits_a_phone(visit, server, name):
     page = visit(f"{server}/{name}", width=390)
     shot(page, name, "phone")
     assert page.evaluate("document.documentElement.scrollWidth") <= 390
+
+
+LEAST_TEXT = 11  # pixels, as drawn
+SMALL_TEXT = """least => [...document.querySelectorAll("main svg[role=img] text")]
+    .filter(text => text.textContent.trim() && text.getClientRects().length)
+    .map(text => {
+        const matrix = text.getScreenCTM();
+        const size = parseFloat(getComputedStyle(text).fontSize) * Math.hypot(matrix.a, matrix.b);
+        return [text.closest("svg").getAttribute("aria-label").slice(0, 60), text.textContent, size];
+    })
+    .filter(([, , size]) => size < least)"""
+
+
+@pytest.mark.parametrize("width", [1280, 390])
+@pytest.mark.parametrize("name", PAGES)
+def test_the_text_in_every_figure_is_large_enough(visit, server, name, width):
+    assert visit(f"{server}/{name}", width=width).evaluate(SMALL_TEXT, LEAST_TEXT) == []
+
+
+@pytest.mark.parametrize("name", PAGES)
+def test_no_figure_scrolls_on_a_desktop(visit, server, name):
+    wider = """[...document.querySelectorAll("main .samlib-figure > div")].filter(e => e.scrollWidth > e.clientWidth)
+        .map(e => e.querySelector("svg").getAttribute("aria-label"))"""
+    assert visit(f"{server}/{name}").evaluate(wider) == []
+
+
+@pytest.fixture
+def claims(visit, server):
+    """Open the page of the claims, at one of them if given."""
+    return lambda place="", **settings: visit(f"{server}/book/claims.html{place}", **settings)
+
+
+def test_all_claims_are_seen_within_four_screens(claims):
+    assert claims().evaluate("document.documentElement.scrollHeight") < 4000
+
+
+def test_no_verdict_is_told_by_colour_alone(claims):
+    told = claims().locator(".samlib-standing:has(b)").all_inner_texts()
+    assert len(told) > 40
+    shown = [f"{shape} {word}" for word, (shape, _) in SHOWN.items()]
+    assert [text for text in told if not any(each in text.replace("\n", " ") for each in shown)] == []
+
+
+def test_a_claim_opens_by_keyboard_by_link_and_for_print(claims):
+    page = claims()
+    fold = page.locator("details.samlib-fold").first
+    assert fold.get_attribute("open") is None
+    fold.locator("> summary").focus()
+    page.keyboard.press("Enter")
+    assert fold.locator("figure").first.is_visible()
+    assert page.errors == []
+
+    name = page.locator("details.samlib-fold h3").nth(3).get_attribute("id")
+    linked = claims(f"#{name}")
+    assert linked.locator("details.samlib-fold[open] h3").evaluate_all("all => all.map(h => h.id)") == [name]
+
+    open_folds = "document.querySelectorAll('details.samlib-fold[open]').length"
+    page.evaluate("dispatchEvent(new Event('beforeprint'))")
+    assert page.evaluate(open_folds) == page.locator("details.samlib-fold").count()
+    page.evaluate("dispatchEvent(new Event('afterprint'))")
+    assert page.evaluate(open_folds) == 1
+
+
+def test_the_first_page_shows_and_links_every_system(visit, server):
+    page = visit(f"{server}/book/index.html")
+    doors = page.locator(".samlib-doors > section")
+    assert doors.count() == 7
+    wide = [box["x"] for box in (door.bounding_box() for door in doors.all())]
+    assert len(set(wide)) > 2
+    page.set_viewport_size({"width": 390, "height": 900})
+    assert len({door.bounding_box()["x"] for door in doors.all()}) == 1  # one below the other
+    doors.first.locator("h3 a").click()
+    page.wait_for_url("**/notebooks/mnist.html")
 
 
 def test_the_address_of_the_site_leads_to_its_first_page(visit, origin):

@@ -1,13 +1,15 @@
 """Verdicts on claims, from recorded runs and toy problems only."""
 
-from .base import Chapter, Claim, Evidence, Unit, Verdict, bootstrap, evaluate, last_half, paired
+from .base import PARTLY, REPRODUCED, Chapter, Claim, Evidence, Unit, Verdict, bootstrap, evaluate, last_half, paired
 from .chapters import CHAPTERS, publish_toys, published_toys
 from .paper import CLAIMS
-from .verdicts import agrees_with_record, of_chapter, record, recorded, summary, table, verdicts
+from .verdicts import agrees_with_record, of_chapter, record, recorded, table, verdicts
 
 __all__ = [
     "CHAPTERS",
     "CLAIMS",
+    "PARTLY",
+    "REPRODUCED",
     "Chapter",
     "Claim",
     "Evidence",
@@ -23,7 +25,6 @@ __all__ = [
     "published_toys",
     "record",
     "recorded",
-    "summary",
     "table",
     "verdicts",
 ]

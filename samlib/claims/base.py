@@ -17,9 +17,23 @@ import pandas as pd
 from ..config import RunConfig
 from ..runs import Run
 
-__all__ = ["Chapter", "Claim", "Evidence", "Outcome", "Unit", "Verdict", "bootstrap", "evaluate", "last_half", "paired"]
+__all__ = [
+    "PARTLY",
+    "REPRODUCED",
+    "Chapter",
+    "Claim",
+    "Evidence",
+    "Outcome",
+    "Unit",
+    "Verdict",
+    "bootstrap",
+    "evaluate",
+    "last_half",
+    "paired",
+]
 
 Outcome = Literal["reproduced", "partly", "not reproduced", "not recorded"]
+REPRODUCED, PARTLY = 0.8, 0.4  # the shares of units from which on a claim is so called
 
 
 class Unit(NamedTuple):
@@ -136,7 +150,7 @@ def evaluate(
     )
     supporting, total = int(details.supports.sum()), len(details)
     share = supporting / total
-    outcome: Outcome = "reproduced" if share >= 0.8 else "partly" if share >= 0.4 else "not reproduced"
+    outcome: Outcome = "reproduced" if share >= REPRODUCED else "partly" if share >= PARTLY else "not reproduced"
     statistic = next(iter(units[0].numbers))
     value, low, high = claim.interval(details, statistic)
     return Verdict(*place, outcome, value, low, high, supporting, total, details, statistic)

@@ -16,7 +16,7 @@ from .base import Evidence, Verdict, evaluate
 from .chapters import CHAPTERS, published_toys
 from .paper import CLAIMS
 
-__all__ = ["agrees_with_record", "of_chapter", "record", "recorded", "summary", "table", "verdicts"]
+__all__ = ["agrees_with_record", "of_chapter", "record", "recorded", "table", "verdicts"]
 
 
 def verdicts(folder: Path | None = None) -> list[Verdict]:
@@ -65,22 +65,6 @@ def table(results: Sequence[Verdict]) -> pd.DataFrame:
             "verdict": [v.outcome for v in results],
         }
     )
-
-
-def summary(results: Sequence[Verdict]) -> pd.DataFrame:
-    """One row per claim of the paper, one column per experiment: verdict and supporting runs of the leading profile."""
-    cells = {
-        (v.claim.text, title(v.experiment)): f"{v.outcome} ({v.supporting}/{v.total})" if v.total else v.outcome
-        for v in results
-        if v.leading
-    }
-    names = [title(name) for name in dict.fromkeys(name for claim in CLAIMS for name in claim.experiments)]
-    # A word joiner keeps 2/η in one line.
-    rows = [
-        {"claim": c.text.replace("/η", "/\u2060η"), **{name: cells.get((c.text, name), "–") for name in names}}
-        for c in CLAIMS
-    ]
-    return pd.DataFrame(rows)
 
 
 def record(results: Sequence[Verdict], folder: Path | None = None) -> None:

@@ -1,21 +1,22 @@
 """Pictures and tables of recorded runs, for notebooks and pages."""
 
 from ..selection import changed, command, leading, standard, tidy, typical, with_spectrum
+from .doors import doors
 from .paper import (
     alignments,
     banner,
     beside,
-    card,
     edge_ratios,
     eigenvalues,
     evaluation,
     final_table,
-    headline,
     losses,
     norms_and_edges,
 )
 from .shapes import SHOWN, forest, panels
+from .story import card, headline, seen, standalone
 from .style import COLOURS, LABELS, Figure, drawing, render
+from .verdicts import claims, fold, outcome
 
 __all__ = [
     "COLOURS",
@@ -27,19 +28,25 @@ __all__ = [
     "beside",
     "card",
     "changed",
+    "claims",
     "command",
+    "doors",
     "drawing",
     "edge_ratios",
     "eigenvalues",
     "evaluation",
     "final_table",
+    "fold",
     "forest",
     "headline",
     "leading",
     "losses",
     "norms_and_edges",
+    "outcome",
     "panels",
     "render",
+    "seen",
+    "standalone",
     "standard",
     "tidy",
     "typical",

@@ -277,7 +277,6 @@ def edges(runs: Sequence[Run]) -> Figure:
                 (part.loss.iloc[-1], factor * part[column].iloc[-1]),
                 (4, 0),
                 textcoords="offset points",
-                fontsize=8,
                 va="center",
             )
         _falling_loss(axis)

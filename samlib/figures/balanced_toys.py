@@ -142,7 +142,7 @@ def dominoes(data: Probed, names: Sequence[str], count: int = 10) -> Figure:
                 axis.set_yticks([])
                 axis.grid(False)
         for axis, index in zip(axes[0], which, strict=True):
-            axis.set_title(names[int(labels[index])], fontsize=8)
+            axis.set_title(names[int(labels[index])], rotation=45, ha="left", va="bottom", x=0.1)
         axes[0][0].set_ylabel("training")
         axes[1][0].set_ylabel("probes")
         classes = [names[int(labels[i])] for i in which]

@@ -3,35 +3,29 @@
 from __future__ import annotations
 
 import html
-import io
 from collections.abc import Callable, Sequence
 
 import matplotlib as mpl
-import matplotlib.lines
-import matplotlib.ticker
 import numpy as np
 import pandas as pd
 import seaborn as sns
 from IPython.display import HTML
 from matplotlib.axes import Axes
-from matplotlib.figure import Figure as Canvas
 
 from ..experiments import find, title
 from ..runs import Run
 from ..selection import changed, edge_of, grouped, leading, ordered, tidy
 from .shapes import panels
-from .style import COLOURS, FOREGROUND, LABELS, STYLE, Figure, drawing, plain_log
+from .style import COLOURS, FOREGROUND, LABELS, Figure
 
 __all__ = [
     "alignments",
     "banner",
     "beside",
-    "card",
     "edge_ratios",
     "eigenvalues",
     "evaluation",
     "final_table",
-    "headline",
     "losses",
     "norms_and_edges",
 ]
@@ -197,59 +191,6 @@ def final_table(runs: Sequence[Run]) -> pd.DataFrame:
             row[label] = f"{values.mean():.4g}{spread}" if len(values) else "–"
         rows.append(row)
     return pd.DataFrame(rows)
-
-
-def card(run: Run | None, title: str) -> bytes:
-    """A PNG of 1200 × 630 pixels with a title and the story of a run, for links from other sites."""
-    with mpl.rc_context({**STYLE, "figure.facecolor": "white", "savefig.facecolor": "white", "font.size": 16}):
-        canvas = Canvas(figsize=(12, 6.3), dpi=100, layout="constrained")
-        canvas.suptitle(title, fontsize=30, weight="bold", wrap=True)
-        if run:
-            _story(canvas.subplots(), tidy([run], "operator_norm", "edge", "gd_edge"), size=2)
-        buffer = io.BytesIO()
-        canvas.savefig(buffer, format="png", metadata={"Software": None})
-    return buffer.getvalue()
-
-
-def headline(run: Run) -> Figure:
-    """One run large, with names on the curves: the picture that tells the story."""
-    frame = tidy([run], "operator_norm", "edge", "gd_edge")
-
-    def draw(canvas: Canvas) -> pd.DataFrame:
-        _story(canvas.subplots(), frame)
-        return frame
-
-    config, last = run.config, run.last
-    alt = (
-        f"During SAM training on {title(config.experiment)} the norm of the Hessian meets the SAM edge and falls "
-        f"with it to {last.operator_norm:.2g}, far below the gradient-descent edge {last.gd_edge:.2g}"
-    )
-    caption = (
-        f"{title(config.experiment)}, η = {config.learning_rate:g}, ρ = {config.rho:g}, seed {config.seed}, profile "
-        f"{config.profile}: at step {last.step:.0f} the ratio of operator norm and SAM edge is {last.edge_ratio:.2f}, "
-        f"and 2/η is {last.gd_edge / last.edge:.1f} times the SAM edge."
-    )
-    return drawing(draw, (7, 3.4), "headline", alt, caption, [run])
-
-
-def _story(axis: Axes, frame: pd.DataFrame, size: float = 1) -> None:
-    """Operator norm and both edges of one run, with names on the curves."""
-    middle = len(frame) // 2
-    for quantity, offset in (("gd_edge", 6), ("edge", -16), ("operator_norm", 8)):
-        dash = (0, (5, 2)) if quantity == "gd_edge" else "-"
-        axis.plot(frame.step, frame[quantity], color=COLOURS[quantity], linestyle=dash, linewidth=2.4 * size)
-        axis.annotate(
-            LABELS[quantity],
-            (frame.step[middle], frame[quantity][middle]),
-            (0, offset * size),
-            textcoords="offset points",
-            color=COLOURS[quantity],
-            weight="bold",
-            ha="center",
-            fontsize=11 * size,
-        )
-    axis.set(yscale="log", xlabel="step", ylabel="curvature")
-    plain_log(axis)
 
 
 def _panels(

@@ -14,9 +14,9 @@ from matplotlib.figure import Figure as Canvas
 
 from ..claims import Verdict
 from ..runs import Run
-from .style import COLOURS, FOREGROUND, STYLE, Figure, drawing, plain_log, render
+from .style import COLOURS, FOREGROUND, LEAST, STYLE, Figure, drawing, plain_log, render
 
-__all__ = ["SHOWN", "forest", "panels"]
+__all__ = ["SHOWN", "forest", "legend", "panels"]
 
 # Verdicts by word, shape and colour.
 SHOWN = {
@@ -74,14 +74,11 @@ def panels(
         if log:
             for _, _, axis in canvases:
                 plain_log(axis)
+        words = _shared_words([axis for _, _, axis in canvases])
         pictures = "".join(f"<div>{render(canvas, f'{alt}: {title}')}</div>" for title, canvas, _ in canvases)
-    names = "".join(
-        f'<span><b aria-hidden="true" style="color:{colour}">━</b> {html.escape(label)}</span>'
-        for label, colour in (key or {}).items()
-    )
-    legend = f'<p class="samlib-key">{names}</p>' if names else ""
+    least = f"--panel:{LEAST * 72 * size[0]:.0f}px"
     return Figure(
-        f'{legend}<div class="samlib-panels">{pictures}</div>',
+        f'{legend(key or {})}{words}<div class="samlib-panels" style="{least}">{pictures}</div>',
         alt,
         caption,
         data,
@@ -89,6 +86,32 @@ def panels(
         name,
         wide=len(canvases) > 2,
     )
+
+
+def _shared_words(axes: Sequence[Axes]) -> str:
+    """What the axes of all panels have in common is said once, above them, and taken off the panels."""
+    if len(axes) < 2:
+        return ""
+    ways: list[tuple[str, Callable[[Axes], str], Callable[[Axes, str], Any]]] = [
+        ("↑", Axes.get_ylabel, Axes.set_ylabel),
+        ("→", Axes.get_xlabel, Axes.set_xlabel),
+    ]
+    said = []
+    for arrow, get, put in ways:
+        if len(labels := {get(axis) for axis in axes}) == 1 and (label := labels.pop()):
+            said.append(f"{arrow} {html.escape(label)}")
+            for axis in axes:
+                put(axis, "")
+    return f'<p class="samlib-axes">{" &emsp; ".join(said)}</p>' if said else ""
+
+
+def legend(names: Mapping[str, str]) -> str:
+    """Names with their colours, as HTML: the line has the colour, the words that of the page."""
+    spans = "".join(
+        f'<span><b aria-hidden="true" style="color:{colour}">━</b> {html.escape(name)}</span>'
+        for name, colour in names.items()
+    )
+    return f'<p class="samlib-key">{spans}</p>' if spans else ""
 
 
 def forest(verdict: Verdict, label: Callable[[Any], str] | None = None, log: bool = False) -> Figure:
@@ -114,8 +137,13 @@ def forest(verdict: Verdict, label: Callable[[Any], str] | None = None, log: boo
         axis = canvas.subplots()
         for place, name in enumerate(order):
             chosen = details[rows == name]
-            colours = [SHOWN["reproduced" if ok else "not reproduced"][1] for ok in chosen.supports]
-            axis.scatter(chosen[column], [place] * len(chosen), c=colours, s=34, alpha=0.8, linewidths=0, zorder=3)
+            for outcome, held in (("reproduced", chosen.supports), ("not reproduced", ~chosen.supports)):
+                colour, full = SHOWN[outcome][1], outcome == "reproduced"
+                values = chosen[column][held]
+                face = colour if full else "none"
+                axis.scatter(
+                    values, [place] * len(values), s=34, facecolors=face, edgecolors=colour, alpha=0.8, zorder=3
+                )
         last = len(order)
         if np.isfinite([verdict.low, verdict.high]).all():
             axis.plot([verdict.low, verdict.high], [last, last], color=FOREGROUND, linewidth=2)
@@ -136,8 +164,8 @@ def forest(verdict: Verdict, label: Callable[[Any], str] | None = None, log: boo
     shape, _ = SHOWN[verdict.outcome]
     caption = (
         f"{html.escape(claim.text)} <strong>{shape} {verdict.outcome}</strong>: {verdict.supporting} of "
-        f"{verdict.total}. Wanted: {html.escape(claim.threshold)} (the band). The diamond is over all, with its 95 % "
-        "interval."
+        f"{verdict.total}, the full dots. Wanted: {html.escape(claim.threshold)} (the band). The diamond is over all, "
+        "with its 95 % interval."
     )
     alt = f"Forest plot of {column} for {verdict.total} units: {verdict.outcome}"
     size = (7.0, 1.1 + 0.28 * (len(order) + 1))

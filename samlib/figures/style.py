@@ -23,9 +23,11 @@ from matplotlib.figure import Figure as Canvas
 from ..runs import Run
 from ..selection import command
 
-__all__ = ["COLOURS", "FOREGROUND", "LABELS", "STYLE", "Figure", "drawing", "key", "plain_log", "render"]
+__all__ = ["COLOURS", "FOREGROUND", "LABELS", "LEAST", "STYLE", "Figure", "drawing", "key", "plain_log", "render"]
 
 FOREGROUND = "#010203"  # becomes the page's text colour
+LEAST = 1.15  # a picture's points are drawn at this many pixels or more, so that its text of 10 points can be read
+COLUMN = 7.5  # a wider picture, in inches, needs the margin too
 
 COLOURS = {
     "operator_norm": "#3a87c8",
@@ -115,13 +117,13 @@ def render(canvas: Canvas, alt: str) -> str:
     svg = buffer.getvalue()
     svg = svg[svg.index("<svg") :].replace(FOREGROUND, "currentColor")
     svg = re.sub(r"<metadata>.*?</metadata>", "", svg, flags=re.DOTALL)
-    width = int(canvas.get_figwidth() * 72)
     opening = re.match(r"<svg[^>]*>", svg)
     assert opening
-    box = re.search(r'viewBox="[^"]*"', opening[0])
+    box = re.search(r'viewBox="[^"]*?([\d.]+) [\d.]+"', opening[0])
     assert box
     label = html.escape(alt, quote=True)
-    size = f"width:100%;min-width:{min(width, 640)}px;max-width:{width * 1.5:.0f}px;height:auto"
+    width = float(box[1])
+    size = f"width:100%;min-width:{LEAST * width:.0f}px;max-width:{1.5 * width:.0f}px;height:auto"
     head = f'<svg role="img" aria-label="{label}" {box[0]} style="{size}"'
     head += ' xmlns="http://www.w3.org/2000/svg" xmlns:xlink="http://www.w3.org/1999/xlink">'
     return re.sub(r"\n\s*", "\n", head + svg[opening.end() :])
@@ -149,7 +151,7 @@ def drawing(
         canvas = Canvas(figsize=size, layout="constrained")
         data = draw(canvas)
         svg = render(canvas, alt)
-    return Figure(svg, alt, caption, data, tuple(runs), name)
+    return Figure(svg, alt, caption, data, tuple(runs), name, wide=size[0] > COLUMN)
 
 
 def key(canvas: Canvas, entries: dict[str, str]) -> None:

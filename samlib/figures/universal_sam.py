@@ -36,7 +36,7 @@ def _dots(axis: Axes, frame: pd.DataFrame, column: str, rows: Sequence[str], own
         face = BLUE if mine else "none"
         axis.plot(values, [place] * len(values), "D" if mine else "o", color=BLUE, markerfacecolor=face, markersize=6)
         if not len(values):
-            axis.text(0.5, place, "loss not reached", va="center", fontsize=9)
+            axis.text(0.5, place, "loss not reached", va="center")
     axis.set_yticks(range(len(rows)), rows)
     axis.set_ylim(len(rows) - 0.5, -0.5)
 
@@ -90,9 +90,7 @@ def price(table: pd.DataFrame, runs: Sequence[Run]) -> Figure:
             axis.plot(part.cost, part.ratio, "o", color=BLUE)
             above = number % 2 == 0  # of neighbours one above and one below
             place = (float(part.cost.mean()), float(part.ratio.max() if above else part.ratio.min()))
-            axis.annotate(
-                str(name), place, (0, 7 if above else -15), textcoords="offset points", ha="center", fontsize=9
-            )
+            axis.annotate(str(name), place, (0, 9 if above else -18), textcoords="offset points", ha="center")
         axis.set(xscale="log", xlabel="gradients / those of SAM", ylabel="own measure / that of SAM")
         axis.set_xticks([0.5, 1, 2, 3], ["0.5", "1", "2", "3"], minor=False)
         axis.minorticks_off()
@@ -202,7 +200,7 @@ def edges(table: pd.DataFrame, runs: Sequence[Run]) -> Figure:
         for place, name in enumerate(rows):
             lost = (table[table.rule == name].outcome == "diverged").sum()
             if lost:
-                axis.text(1.0, place, f" {lost} diverged", va="center", fontsize=9)
+                axis.text(1.0, place, f" {lost} diverged", va="center")
         axis.set_yticks(range(len(rows)), rows)
         axis.set_ylim(len(rows) - 0.5, -0.5)
         axis.set_xlabel("λ_max / (2/η)")

@@ -1,0 +1,93 @@
+"""One run that tells the story: the operator norm meets its edge and falls with it, far below 2/η."""
+
+from __future__ import annotations
+
+import io
+import re
+
+import matplotlib as mpl
+import pandas as pd
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure as Canvas
+
+from ..experiments import title
+from ..runs import Run
+from ..selection import tidy
+from .style import COLOURS, FOREGROUND, LABELS, STYLE, Figure, drawing, plain_log
+
+__all__ = ["card", "headline", "seen", "standalone", "story"]
+
+EITHER = "#7d838c"  # text that can be read on white and on black alike
+
+
+def card(run: Run | None, title: str) -> bytes:
+    """A PNG of 1200 × 630 pixels with a title and the story of a run, for links from other sites."""
+    with mpl.rc_context({**STYLE, "figure.facecolor": "white", "savefig.facecolor": "white", "font.size": 16}):
+        canvas = Canvas(figsize=(12, 6.3), dpi=100, layout="constrained")
+        canvas.suptitle(title, fontsize=30, weight="bold", wrap=True)
+        if run:
+            story(canvas.subplots(), tidy([run], "operator_norm", "edge", "gd_edge"), size=2)
+        buffer = io.BytesIO()
+        canvas.savefig(buffer, format="png", metadata={"Software": None})
+    return buffer.getvalue()
+
+
+def headline(run: Run) -> Figure:
+    """One run large, with names on the curves: the picture that tells the story."""
+    frame = tidy([run], "operator_norm", "edge", "gd_edge")
+
+    def draw(canvas: Canvas) -> pd.DataFrame:
+        story(canvas.subplots(), frame)
+        return frame
+
+    config, last = run.config, run.last
+    caption = (
+        f"{title(config.experiment)}, η = {config.learning_rate:g}, ρ = {config.rho:g}, seed {config.seed}, profile "
+        f"{config.profile}: at step {last.step:.0f} the ratio of operator norm and SAM edge is {last.edge_ratio:.2f}, "
+        f"and 2/η is {last.gd_edge / last.edge:.1f} times the SAM edge."
+    )
+    return drawing(draw, (7, 3.4), "headline", seen(run), caption, [run])
+
+
+def seen(run: Run) -> str:
+    """What the story shows, in words."""
+    last = run.last
+    return (
+        f"During SAM training on {title(run.config.experiment)} the norm of the Hessian meets the SAM edge and falls "
+        f"with it to {last.operator_norm:.2g}, far below the gradient-descent edge {last.gd_edge:.2g}"
+    )
+
+
+def story(axis: Axes, frame: pd.DataFrame, size: float = 1) -> None:
+    """Operator norm and both edges of one run, with names on the curves."""
+    middle = len(frame) // 2
+    for quantity, offset in (("gd_edge", 6), ("edge", -16), ("operator_norm", 8)):
+        dash = (0, (5, 2)) if quantity == "gd_edge" else "-"
+        axis.plot(frame.step, frame[quantity], color=COLOURS[quantity], linestyle=dash, linewidth=2.4 * size)
+        axis.annotate(
+            LABELS[quantity],
+            (frame.step[middle], frame[quantity][middle]),
+            (0, offset * size),
+            textcoords="offset points",
+            color=COLOURS[quantity],
+            weight="bold",
+            ha="center",
+            fontsize=11 * size,
+        )
+    axis.set(yscale="log", xlabel="step", ylabel="curvature")
+    plain_log(axis)
+
+
+def standalone(run: Run) -> str:
+    """The story as an SVG file that can be read on light and on dark pages; the same bytes every time."""
+    style = {**STYLE, "svg.hashsalt": "standalone", "font.size": 13}
+    with mpl.rc_context(style):
+        canvas = Canvas(figsize=(9, 3.6))
+        # No layout that depends on how wide a machine's letters are.
+        axis = canvas.add_axes((0.07, 0.17, 0.91, 0.74))
+        story(axis, tidy([run], "operator_norm", "edge", "gd_edge"), size=1.3)
+        buffer = io.StringIO()
+        canvas.savefig(buffer, format="svg", metadata={"Date": None})
+    svg = buffer.getvalue()
+    svg = re.sub(r"<metadata>.*?</metadata>", "", svg[svg.index("<svg") :], flags=re.DOTALL)
+    return re.sub(r"\n\s*", "\n", svg.replace(FOREGROUND, EITHER).replace("<svg", '<svg role="img"', 1)).strip() + "\n"
