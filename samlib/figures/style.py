@@ -16,6 +16,7 @@ from typing import Any
 import matplotlib as mpl
 import matplotlib.lines
 import matplotlib.ticker
+import numpy as np
 import pandas as pd
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure as Canvas
@@ -109,8 +110,24 @@ class Figure:
         )
 
 
+class _Powers(mpl.ticker.LogFormatter):
+    """Ticks of a logarithmic axis in letters of one size: Matplotlib's own exponents are too small to be read."""
+
+    def _num_to_string(self, value: float, vmin: float, vmax: float) -> str:
+        exponent = f"{value:.0e}".partition("e")[2]
+        if 1e-3 <= value <= 1e4 or not np.isclose(value, 10.0 ** int(exponent)):
+            return f"{value:g}"
+        return "10" + str(int(exponent)).translate(str.maketrans("0123456789-", "⁰¹²³⁴⁵⁶⁷⁸⁹⁻"))
+
+
 def render(canvas: Canvas, alt: str) -> str:
     """A Matplotlib figure as inline SVG: transparent, in the page's text colour, with an accessible name."""
+    for part in canvas.axes:
+        for axis in (part.xaxis, part.yaxis):
+            if isinstance(axis.get_major_formatter(), mpl.ticker.LogFormatterMathtext):
+                axis.set_major_formatter(_Powers())
+            if isinstance(axis.get_minor_formatter(), mpl.ticker.LogFormatterMathtext):
+                axis.set_minor_formatter(_Powers(labelOnlyBase=False))
     buffer = io.StringIO()
     with mpl.rc_context({"svg.hashsalt": alt}):
         canvas.savefig(buffer, format="svg", bbox_inches="tight", pad_inches=0.05, metadata={"Date": None})
