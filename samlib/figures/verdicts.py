@@ -24,13 +24,14 @@ def outcome(verdict: Verdict) -> str:
     return f'<b aria-hidden="true" style="color:{colour}">{shape}</b> {verdict.outcome}'
 
 
-def claims(results: Sequence[Verdict], name: str) -> HTML:
+def claims(results: Sequence[Verdict], name: str, note: str = "") -> HTML:
     """A row per claim: its text, and for each experiment the verdict, the share of units that support it, the
     statistic; behind it the forest plots and all numbers.
 
     Args:
         results: verdicts, those on the same claim one after the other.
         name: of the group; the link to a claim is ``#<name>-<key>``.
+        note: on all of them.
     """
     rows = "".join(_fold(list(group), name) for _, group in groupby(results, key=lambda verdict: verdict.claim.key))
     marks = "".join(
@@ -39,8 +40,8 @@ def claims(results: Sequence[Verdict], name: str) -> HTML:
     )
     where = "<span></span>" if any(map(_where, results)) else ""
     head = (
-        f'<div class="samlib-claims-head" aria-hidden="true"><span class="samlib-standing">{where}'
-        f"<span></span>{_strip(marks)}<span>support it</span><span>statistic [95 %]</span></span></div>"
+        f"<div class='samlib-claims-head'><b>{html.escape(note)}</b><span class='samlib-standing' aria-hidden='true'>"
+        f"{where}<span></span>{_strip(marks)}<span>support it</span><span>statistic [95 %]</span></span></div>"
     )
     return HTML(f'<div class="samlib-claims full-width{" samlib-by-place" * bool(where)}">{head}{rows}</div>')
 
