@@ -69,7 +69,7 @@ def measures(table: pd.DataFrame, own: Mapping[str, str], runs: Sequence[Run], l
         "a dot per seed. A filled diamond is the measure that the rule is named for."
     )
     draws = {label: panel(column) for column, label in MEASURES.items()}
-    size = (4.4, 0.32 * len(rows) + 0.9)
+    size = (4.2, 0.32 * len(rows) + 0.9)
     return panels(draws, name="measures", alt=alt, caption=caption, data=table, runs=runs, size=size)
 
 

@@ -59,7 +59,7 @@ def resting_places(table: pd.DataFrame) -> Figure:
         "wanders about it. Dashed: where the measure is least."
     )
     options: dict[str, Any] = {"name": "resting_places", "alt": alt, "caption": caption, "data": table}
-    return panels(draws, **options, share_y=False, size=(4.4, 2.1))
+    return panels(draws, **options, share_y=False, size=(4.1, 2.1))
 
 
 def place(table: pd.DataFrame, measure: str) -> float:
