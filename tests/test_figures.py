@@ -8,7 +8,7 @@ import pytest
 from bs4 import BeautifulSoup
 
 from samlib import Run, RunConfig, figures, published_runs, train
-from samlib.claims import CHAPTERS, CLAIMS, Evidence, evaluate, verdicts
+from samlib.claims import CLAIMS, SYSTEMS, Evidence, evaluate, verdicts
 from samlib.cli import app
 from samlib.experiments import EXPERIMENTS
 
@@ -156,9 +156,6 @@ def test_a_list_of_claims_tells_each_verdict_by_word_and_shape(runs):
             assert fact in fold.dl.get_text()
         assert len(fold.select("figure")) == bool(verdict.total)
     assert any(verdict.total for verdict in results)
-
-
-SYSTEMS = [name for name in CHAPTERS if name not in ("kinks", "which_edge")]  # those two are pages of the book's own
 
 
 def test_every_experiment_and_every_system_has_a_door():

@@ -1,7 +1,20 @@
 """Verdicts on claims, from recorded runs and toy problems only."""
 
-from .base import PARTLY, REPRODUCED, Chapter, Claim, Evidence, Unit, Verdict, bootstrap, evaluate, last_half, paired
-from .chapters import CHAPTERS, publish_toys, published_toys
+from .base import (
+    PARTLY,
+    REPRODUCED,
+    Chapter,
+    Claim,
+    Evidence,
+    Unit,
+    Verdict,
+    bootstrap,
+    evaluate,
+    last_half,
+    paired,
+    rows_at_an_edge,
+)
+from .chapters import CHAPTERS, SYSTEMS, publish_toys, published_toys
 from .paper import CLAIMS
 from .verdicts import agrees_with_record, of_chapter, record, recorded, table, verdicts
 
@@ -10,6 +23,7 @@ __all__ = [
     "CLAIMS",
     "PARTLY",
     "REPRODUCED",
+    "SYSTEMS",
     "Chapter",
     "Claim",
     "Evidence",
@@ -25,6 +39,7 @@ __all__ = [
     "published_toys",
     "record",
     "recorded",
+    "rows_at_an_edge",
     "table",
     "verdicts",
 ]

@@ -30,6 +30,7 @@ __all__ = [
     "evaluate",
     "last_half",
     "paired",
+    "rows_at_an_edge",
 ]
 
 Outcome = Literal["reproduced", "partly", "not reproduced", "not recorded"]
@@ -188,11 +189,14 @@ def paired(details: pd.DataFrame, statistic: str) -> tuple[float, float, float]:
     return float(values.mean()), float(values.mean()) - half, float(values.mean()) + half
 
 
-def last_half(run: Run) -> pd.DataFrame:
-    """The measurements of the last half of training at which the edge was measured.
-
-    A row whose operator norm comes from the negative end of the spectrum says nothing about an edge and is left out.
-    """
+def rows_at_an_edge(run: Run) -> pd.DataFrame:
+    """The measurements that say something about an edge: those whose operator norm is the sharpness, and does not come
+    from the negative end of the spectrum."""
     rows = run.measurements
-    rows = rows[rows.step >= rows.step.max() / 2]
     return rows[rows.eigenvalue_1 >= rows.operator_norm] if "eigenvalue_1" in rows else rows
+
+
+def last_half(run: Run) -> pd.DataFrame:
+    """Of the measurements that say something about an edge, those of the last half of training."""
+    rows = rows_at_an_edge(run)
+    return rows[rows.step >= run.measurements.step.max() / 2]

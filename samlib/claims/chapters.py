@@ -12,10 +12,11 @@ from ..provenance import commit
 from ..runs import published_path
 from . import balanced_features, graphsam, kinks, stochastic_edge, universal_sam, which_edge
 
-__all__ = ["CHAPTERS", "publish_toys", "published_toys"]
+__all__ = ["CHAPTERS", "SYSTEMS", "publish_toys", "published_toys"]
 
-_SYSTEMS = (stochastic_edge.CHAPTER, universal_sam.CHAPTER, graphsam.CHAPTER, balanced_features.CHAPTER)
-_ALL = (kinks.CHAPTER, *_SYSTEMS, which_edge.CHAPTER)
+_RELATED = (stochastic_edge.CHAPTER, universal_sam.CHAPTER, graphsam.CHAPTER, balanced_features.CHAPTER)
+SYSTEMS = tuple(chapter.name for chapter in _RELATED)  # the related systems; the other chapters are the book's own
+_ALL = (kinks.CHAPTER, *_RELATED, which_edge.CHAPTER)
 CHAPTERS = {chapter.name: chapter for chapter in _ALL}
 
 

@@ -16,7 +16,7 @@ from .paper import (
 from .shapes import SHOWN, forest, panels
 from .story import card, headline, seen, standalone
 from .style import COLOURS, LABELS, Figure, drawing, render
-from .verdicts import claims, fold, outcome
+from .verdicts import claims, fold, judge, outcome
 
 __all__ = [
     "COLOURS",
@@ -39,6 +39,7 @@ __all__ = [
     "fold",
     "forest",
     "headline",
+    "judge",
     "leading",
     "losses",
     "norms_and_edges",

@@ -26,7 +26,8 @@ from .balanced_features import PROBES, Kind, by_seed
 from .graphsam import AGES, BETAS, by_age
 from .shapes import SHOWN, legend
 from .stochastic_edge import KERNEL
-from .style import COLOURS, FOREGROUND, STYLE, plain_log, render
+from .story import story
+from .style import COLOURS, FOREGROUND, STYLE, render
 from .verdicts import outcome
 
 __all__ = ["doors"]
@@ -85,11 +86,8 @@ def _story(axis: Axes, runs: Sequence[Run]) -> str | None:
     if not run:
         return None
     frame = tidy([run], "operator_norm", "edge", "gd_edge")
-    for quantity in ("gd_edge", "edge", "operator_norm"):
-        dash = (0, (5, 2)) if quantity == "gd_edge" else "-"
-        axis.plot(frame.step, frame[quantity], color=COLOURS[quantity], linestyle=dash)
-    axis.set(yscale="log", xlabel="step")
-    plain_log(axis)
+    story(axis, frame, 2 / 3, named=False)
+    axis.set_ylabel("")
     last = run.last
     return (
         f"the operator norm ends at {last.operator_norm:.3g}, SAM's edge at {last.edge:.3g}; 2/η is {last.gd_edge:.3g}"

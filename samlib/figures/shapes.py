@@ -169,5 +169,4 @@ def forest(verdict: Verdict, label: Callable[[Any], str] | None = None, log: boo
     )
     alt = f"Forest plot of {column} for {verdict.total} units: {verdict.outcome}"
     size = (7.0, 1.1 + 0.28 * (len(order) + 1))
-    runs: tuple[Run, ...] = ()
-    return drawing(draw, size, f"{claim.key}_{verdict.experiment}", alt, caption, runs)
+    return drawing(draw, size, f"{claim.key}_{verdict.experiment}", alt, caption)

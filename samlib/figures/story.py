@@ -58,12 +58,14 @@ def seen(run: Run) -> str:
     )
 
 
-def story(axis: Axes, frame: pd.DataFrame, size: float = 1) -> None:
-    """Operator norm and both edges of one run, with names on the curves."""
+def story(axis: Axes, frame: pd.DataFrame, size: float = 1, named: bool = True) -> None:
+    """Operator norm and both edges of one run, by default with names on the curves."""
     middle = len(frame) // 2
     for quantity, offset in (("gd_edge", 6), ("edge", -16), ("operator_norm", 8)):
         dash = (0, (5, 2)) if quantity == "gd_edge" else "-"
         axis.plot(frame.step, frame[quantity], color=COLOURS[quantity], linestyle=dash, linewidth=2.4 * size)
+        if not named:
+            continue
         axis.annotate(
             LABELS[quantity],
             (frame.step[middle], frame[quantity][middle]),

@@ -3,17 +3,21 @@
 from __future__ import annotations
 
 import html
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from dataclasses import replace
 from itertools import groupby
+from typing import Any
 
 import numpy as np
 from IPython.display import HTML
 
 from ..claims import CHAPTERS, PARTLY, REPRODUCED, Verdict
 from ..experiments import title
+from ..runs import Run
 from .shapes import SHOWN, forest
+from .style import Figure
 
-__all__ = ["claims", "fold", "outcome"]
+__all__ = ["claims", "fold", "judge", "outcome"]
 
 WIDTH, HEIGHT = 110, 16  # of the strip that shows a share, in pixels
 
@@ -22,6 +26,22 @@ def outcome(verdict: Verdict) -> str:
     """The verdict as HTML: a shape, which alone has a colour, and a word."""
     shape, colour = SHOWN[verdict.outcome]
     return f'<b aria-hidden="true" style="color:{colour}">{shape}</b> {verdict.outcome}'
+
+
+def judge(
+    verdict: Verdict, label: Callable[[Any], str] | None = None, *, log: bool = False, runs: Sequence[Run] = ()
+) -> Figure | HTML:
+    """A claim with its verdict: the forest plot of its units, or that it is not recorded yet.
+
+    Args:
+        verdict: with or without units.
+        label, log: as for :func:`samlib.figures.forest`.
+        runs: those behind it are told, if it is among them.
+    """
+    if not verdict.total:
+        return HTML(f"<p><strong>{html.escape(verdict.claim.text)}</strong> Not recorded yet.</p>")
+    behind = set(" ".join(verdict.details.run_id).split())
+    return replace(forest(verdict, label, log), runs=tuple(run for run in runs if run.id in behind))
 
 
 def claims(results: Sequence[Verdict], name: str, note: str = "") -> HTML:

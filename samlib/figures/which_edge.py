@@ -58,7 +58,7 @@ def ratios(runs: Mapping[tuple[str, int], Run], where: str, of: str = "edge") ->
     caption = (
         "Every rule against <em>its own</em> edge: at 1 it trains at the edge of stability."
         if of == "edge"
-        else "The same runs, λ against the 2/η of plain gradient descent: here they have nothing in common."
+        else "The same runs, λ against the 2/η of plain gradient descent."
     )
     name = f"which_edge_{'own' if of == 'edge' else 'plain'}_{'_'.join(where.lower().split())}"
     return panels(
@@ -99,8 +99,8 @@ def constant(runs: Mapping[tuple[str, int], Run], edges: Mapping[str, float]) ->
     return panels(
         {rule: panel(rule) for rule in edges},
         name="which_edge_constant",
-        alt="Line charts: λ stays at the constant edge of unnormalised SAM while the gradient's norm falls",
-        caption="Unnormalised SAM: λ stays where its edge is, whatever ‖g‖ does. A line per seed.",
+        alt="Line charts of λ, of the constant edge of unnormalised SAM, and of the gradient's norm during training",
+        caption="Unnormalised SAM: λ beside its edge, which is the same whatever ‖g‖ does. A line per seed.",
         data=data,
         runs=list(runs.values()),
         key={"λ": COLOURS["operator_norm"], "its edge": COLOURS["edge"], "‖g‖": COLOURS["grad_alignment"]},
