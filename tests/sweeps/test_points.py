@@ -1,6 +1,7 @@
 """How points end, what is repeated, and what they leave behind: nothing."""
 
 import errno
+import functools
 import os
 import re
 import signal
@@ -196,7 +197,8 @@ def test_what_a_point_started_ends_with_it(end, outcome, children, tmp_path, mon
 def test_what_a_point_started_ends_with_the_sweep(by, children, tmp_path):
     path, alive = children
     command = [sys.executable, "-m", "samlib.cli", "sweep", path, "--grid", "end=hang", "--out", tmp_path / "out"]
-    process = subprocess.Popen(list(map(str, command)), stderr=subprocess.DEVNULL)
+    heard = functools.partial(signal.signal, signal.SIGHUP, signal.SIG_DFL)  # also where the tests run under nohup
+    process = subprocess.Popen(list(map(str, command)), stderr=subprocess.DEVNULL, preexec_fn=heard)
     until((tmp_path / "ids").exists)
     assert len(alive()) == 4
     process.send_signal(by)
