@@ -173,3 +173,58 @@ def test_every_experiment_and_every_system_has_a_door():
 def test_doors_without_runs_say_so(tmp_path):
     page = figures.doors(verdicts(tmp_path), tmp_path).data
     assert page.count("No picture yet.") == page.count("–</b> not recorded") == 3 + len(SYSTEMS)
+
+
+def _numbers(words):
+    return [float(number) for number in re.findall(r"(?<![\w.])\d+\.?\d*(?:e-?\d+)?", words)]
+
+
+def test_words_give_the_numbers_of_the_runs(runs):
+    done = [run for run in runs if run.outcome == "finished"]
+    sharpness_aware = [run for run in done if run.config.rho > 0]
+    plain = [run for run in done if run.config.rho == 0]
+
+    start = [run.last.operator_norm / run.measurements.operator_norm[0] for run in sharpness_aware]
+    below = [run.last.operator_norm / run.last.gd_edge for run in sharpness_aware]
+    ends = np.mean([run.last.operator_norm / run.last.gd_edge for run in plain])
+    found = _numbers(figures.norms_in_words(runs))
+    wanted = [
+        len(sharpness_aware),
+        0,
+        *_low_high(start),
+        *_low_high(below),
+        2,
+        0,
+        2,
+        ends,
+        plain[0].config.learning_rate,
+    ]
+    np.testing.assert_allclose(found, wanted, atol=0.00501)
+
+    halves = [run.measurements[run.measurements.step >= run.measurements.step.max() / 2] for run in sharpness_aware]
+    ratios = [half.edge_ratio.median() for half in halves]
+    found = _numbers(figures.ratios_in_words(runs))
+    every = pd.concat(halves).edge_ratio
+    np.testing.assert_allclose(
+        found, [0, np.median(ratios), *_low_high(ratios), every.min(), every.max()], atol=0.00501
+    )
+
+    cosines = [np.median([half[c].median() for half in halves]) for c in ("sam_grad_alignment", "grad_alignment")]
+    larger = sum(half.sam_grad_alignment.median() > half.grad_alignment.median() for half in halves)
+    found = _numbers(figures.alignments_in_words(runs))
+    np.testing.assert_allclose(found, [*cosines, larger, len(halves)], atol=0.00501)
+
+    found = _numbers(figures.losses_in_words(runs))
+    means = [np.mean([run.last[c] for run in g]) for c in ("loss", "test_metric") for g in (sharpness_aware, plain)]
+    np.testing.assert_allclose(found, [0.1, 0, plain[0].config.learning_rate, *means], rtol=0.06)
+
+
+def _low_high(values):
+    return [max(values)] if f"{min(values):.2f}" == f"{max(values):.2f}" else [min(values), max(values)]
+
+
+def test_words_about_nothing_say_nothing(runs):
+    plain = [run for run in runs if run.config.rho == 0]
+    assert figures.ratios_in_words(plain) == figures.alignments_in_words(plain) == figures.losses_in_words(plain) == ""
+    assert "ρ > 0" not in figures.norms_in_words(plain)
+    assert figures.norms_in_words([]) == ""

@@ -16,7 +16,7 @@ from .base import (
 )
 from .chapters import CHAPTERS, SYSTEMS, publish_toys, published_toys
 from .paper import CLAIMS
-from .verdicts import agrees_with_record, of_chapter, record, recorded, table, verdicts
+from .verdicts import agrees_with_record, of_chapter, of_experiment, record, recorded, table, verdicts
 
 __all__ = [
     "CHAPTERS",
@@ -34,6 +34,7 @@ __all__ = [
     "evaluate",
     "last_half",
     "of_chapter",
+    "of_experiment",
     "paired",
     "publish_toys",
     "published_toys",

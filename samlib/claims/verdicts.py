@@ -16,24 +16,31 @@ from .base import Evidence, Verdict, evaluate
 from .chapters import CHAPTERS, published_toys
 from .paper import CLAIMS
 
-__all__ = ["agrees_with_record", "of_chapter", "record", "recorded", "table", "verdicts"]
+__all__ = ["agrees_with_record", "of_chapter", "of_experiment", "record", "recorded", "table", "verdicts"]
 
 
 def verdicts(folder: Path | None = None) -> list[Verdict]:
-    """All verdicts: on the paper's claims, in their order, for each experiment that of the leading profile, then those
-    of the others that have runs on the claim; then on the chapters' claims."""
+    """All verdicts: on the paper's claims, claim by claim, then on the chapters' claims."""
     names = dict.fromkeys(name for claim in CLAIMS for name in claim.experiments)
-    published = {name: published_runs(name, folder) for name in names}
+    results = [verdict for name in names for verdict in of_experiment(name, folder)]
+    results.sort(key=lambda verdict: CLAIMS.index(verdict.claim))
+    return results + [verdict for name in CHAPTERS for verdict in of_chapter(name, folder)]
+
+
+def of_experiment(name: str, folder: Path | None = None) -> list[Verdict]:
+    """The verdicts on the paper's claims for an experiment: on each that of the leading profile, then those of the
+    others that have runs on the claim."""
+    published = published_runs(name, folder)
+    leads = leading(published)
     results = []
     for claim in CLAIMS:
-        for name in claim.experiments:
-            leads = leading(published[name])
-            for profile in (leads, *(p for p in reversed(PROFILES) if p not in (leads, "quick"))):
-                evidence = Evidence(standard(published[name], profile), {})
-                verdict = evaluate(claim, evidence, name, profile, profile == leads)
-                if verdict.leading or verdict.total:
-                    results.append(verdict)
-    return results + [verdict for name in CHAPTERS for verdict in of_chapter(name, folder)]
+        if name not in claim.experiments:
+            continue
+        for profile in (leads, *(p for p in reversed(PROFILES) if p not in (leads, "quick"))):
+            verdict = evaluate(claim, Evidence(standard(published, profile), {}), name, profile, profile == leads)
+            if verdict.leading or verdict.total:
+                results.append(verdict)
+    return results
 
 
 def of_chapter(name: str, folder: Path | None = None) -> list[Verdict]:

@@ -17,6 +17,7 @@ from .shapes import SHOWN, forest, panels
 from .story import card, headline, seen, standalone
 from .style import COLOURS, LABELS, Figure, drawing, render
 from .verdicts import claims, fold, judge, outcome
+from .words import alignments_in_words, losses_in_words, norms_in_words, ratios_in_words
 
 __all__ = [
     "COLOURS",
@@ -24,6 +25,7 @@ __all__ = [
     "SHOWN",
     "Figure",
     "alignments",
+    "alignments_in_words",
     "banner",
     "beside",
     "card",
@@ -42,9 +44,12 @@ __all__ = [
     "judge",
     "leading",
     "losses",
+    "losses_in_words",
     "norms_and_edges",
+    "norms_in_words",
     "outcome",
     "panels",
+    "ratios_in_words",
     "render",
     "seen",
     "standalone",
