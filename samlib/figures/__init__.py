@@ -16,7 +16,7 @@ from .paper import (
 from .shapes import SHOWN, forest, panels
 from .story import card, headline, seen, standalone
 from .style import COLOURS, LABELS, Figure, drawing, render
-from .verdicts import claims, fold, judge, outcome
+from .verdicts import claims, fold, judge, outcome, said
 from .words import alignments_in_words, losses_in_words, norms_in_words, ratios_in_words
 
 __all__ = [
@@ -51,6 +51,7 @@ __all__ = [
     "panels",
     "ratios_in_words",
     "render",
+    "said",
     "seen",
     "standalone",
     "standard",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import html
+import textwrap
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -132,6 +133,7 @@ def forest(verdict: Verdict, label: Callable[[Any], str] | None = None, log: boo
     rows = details.apply(label or usual, axis=1) if len(details) else pd.Series(dtype=str)
     order = list(dict.fromkeys(rows))
     low, high = claim.band
+    words = textwrap.wrap(claim.statistic, 80)
 
     def draw(canvas: Canvas) -> pd.DataFrame:
         axis = canvas.subplots()
@@ -158,7 +160,7 @@ def forest(verdict: Verdict, label: Callable[[Any], str] | None = None, log: boo
             axis.set_xlim(left, right)
         axis.set_yticks([*range(last), last], [*order, "all"])
         axis.invert_yaxis()
-        axis.set_xlabel(claim.statistic if len(claim.statistic) < 70 else column)
+        axis.set_xlabel("\n".join(words))
         return details
 
     shape, _ = SHOWN[verdict.outcome]
@@ -168,5 +170,5 @@ def forest(verdict: Verdict, label: Callable[[Any], str] | None = None, log: boo
         "with its 95 % interval."
     )
     alt = f"Forest plot of {column} for {verdict.total} units: {verdict.outcome}"
-    size = (7.0, 1.1 + 0.28 * (len(order) + 1))
+    size = (7.0, 0.9 + 0.28 * (len(order) + 1) + 0.2 * len(words))
     return drawing(draw, size, f"{claim.key}_{verdict.experiment}", alt, caption)

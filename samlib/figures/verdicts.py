@@ -17,7 +17,7 @@ from ..runs import Run
 from .shapes import SHOWN, forest
 from .style import Figure
 
-__all__ = ["claims", "fold", "judge", "outcome"]
+__all__ = ["claims", "fold", "judge", "outcome", "said"]
 
 WIDTH, HEIGHT = 110, 16  # of the strip that shows a share, in pixels
 
@@ -26,6 +26,13 @@ def outcome(verdict: Verdict) -> str:
     """The verdict as HTML: a shape, which alone has a colour, and a word."""
     shape, colour = SHOWN[verdict.outcome]
     return f'<b aria-hidden="true" style="color:{colour}">{shape}</b> {verdict.outcome}'
+
+
+def said(verdict: Verdict) -> str:
+    """The verdict within a sentence, in Markdown: a shape, a word, and how many units support the claim."""
+    shape, _ = SHOWN[verdict.outcome]
+    counts = f" ({verdict.supporting} of {verdict.total})" if verdict.total else ""
+    return f"{shape} **{verdict.outcome}**{counts}"
 
 
 def judge(
