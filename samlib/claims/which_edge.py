@@ -41,7 +41,7 @@ RULES: Mapping[str, Mapping[str, Mapping[str, Any]]] = {
     },
     "cifar10": {
         "heavy ball 0.9": {"learning_rate": 0.003, "momentum": 0.9},
-        "Nesterov 0.9": {"learning_rate": 0.003, "momentum": 0.9, "nesterov": True},
+        "Nesterov 0.9": {"learning_rate": 0.0035, "momentum": 0.9, "nesterov": True},
         "SAM, momentum 0.9": {"learning_rate": 0.001, "rho": 0.1, "momentum": 0.9},
         "unnormalised SAM, ρ = 0.01": {"learning_rate": 0.001, "rule": "usam", "rho": 0.01},
         "Adam": {"learning_rate": 1e-3, "base": "adam"},
