@@ -1,7 +1,7 @@
 """An edge for every rule: the runs, one learning rate a rule, and what is claimed of where they train.
 
-The learning rates come from trials with seed 0, which is not among the seeds of the recorded runs, and are chosen so that
-each rule reaches its edge within the run, where one could be found.
+The learning rates come from trials with seed 0, which is not among the seeds of the recorded runs, and are chosen so
+that each rule reaches its edge within the run, where such a rate was found.
 """
 
 from __future__ import annotations

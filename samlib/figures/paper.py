@@ -187,7 +187,7 @@ def final_table(runs: Sequence[Run]) -> pd.DataFrame:
         }
         for column, label in columns.items():
             values = np.array([run.last[column] for run in finished])
-            spread = f" ± {np.ptp(values) / 2:.2g}" if len(values) > 1 else ""
+            spread = f"\u00a0±\u00a0{np.ptp(values) / 2:.2g}" if len(values) > 1 else ""
             row[label] = f"{values.mean():.4g}{spread}" if len(values) else "–"
         rows.append(row)
     return pd.DataFrame(rows)
