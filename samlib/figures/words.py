@@ -70,7 +70,8 @@ def losses_in_words(runs: Sequence[Run]) -> str:
     if len(radii) < 2 or radii[0] > 0:
         return ""
     metric = find(finished[0].config.experiment).metric_name
-    loss, test = (dict(_each(finished, lambda run, of=of: run.last[of])) for of in ("loss", "test_metric"))
+    loss = dict(_each(finished, lambda run: run.last["loss"]))
+    test = dict(_each(finished, lambda run: run.last["test_metric"]))
     words = [
         f"for η = {rate:g} the loss ends at {loss[rate, radii[-1]]:.2g} against {loss[rate, 0.0]:.2g}, the {metric} at "
         f"{test[rate, radii[-1]]:.3g} against {test[rate, 0.0]:.3g}"
