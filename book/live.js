@@ -214,7 +214,7 @@ function randomWeights(seed) {
 // ---- the loop ----------------------------------------------------------------------------------------------------------
 
 const settings = { rule: "sam", learningRate: 0.3, rho: 0.1, tolerance: 1e-3 };
-let w, velocity, vectors, step = 0, left = 0, running = false;
+let w, velocity, vectors, step = 0, left = 0, running = false, gradNorm; // gradNorm: at the last step
 
 function start(weights) {
   [w, velocity, step] = [weights, zeros(SIZE), 0];
@@ -222,17 +222,19 @@ function start(weights) {
 }
 
 function measureAndStep() {
-  const point = lossAt(w), gradNorm = norm(point.gradient), rule = RULES[settings.rule];
-  const row = { step, loss: point.loss, gradNorm, diverged: !(point.loss < DIVERGED) };
+  const point = lossAt(w);
+  const row = { step, loss: point.loss, gradNorm: norm(point.gradient), diverged: !(point.loss < DIVERGED) };
   if (row.diverged) return row;
+  gradNorm = row.gradNorm;
   // A little noise on the last vector, or a direction that all of them miss could stay unseen.
   vectors[KEPT - 1] = plus(vectors[KEPT - 1], 0.3 / Math.sqrt(SIZE), zeros(SIZE).map(truncatedNormal));
   const top = sharpest((v) => product(point, v), vectors, settings.tolerance);
   vectors = top.vectors;
-  w = rule.step(point, settings);
+  w = RULES[settings.rule].step(point, settings);
   step++;
-  return { ...row, sharpness: top.value, residual: top.residual, products: top.products, edge: rule.edge(gradNorm, settings), gdEdge: 2 / settings.learningRate };
+  return { ...row, sharpness: top.value, residual: top.residual, products: top.products, ...edges() };
 }
+const edges = () => ({ edge: RULES[settings.rule].edge(gradNorm, settings), gdEdge: 2 / settings.learningRate });
 
 function work() { // for a moment: then messages are read
   const rows = [], until = performance.now() + 30;
@@ -254,5 +256,5 @@ onmessage = ({ data: { digits, seed, weights, steps, ...rest } }) => {
   if (left > 0 && !running) {
     running = true;
     setTimeout(work);
-  }
+  } else if (left === 0 && step > 0) postMessage({ edges: edges() }); // of the last step, under the settings of now
 };

@@ -169,6 +169,24 @@ def test_the_edges_move_while_it_trains(visit, server):
 
 
 @needs_site
+def test_the_edges_move_while_it_rests(visit, server):
+    page = visit(f"{server}/book/live.html#sam/1/0.1/0")
+    wait(page, "steps >= 2")
+    page.locator("#live button[name=run]").click()
+    wait(page, "running === 'false'")
+    steps = int(page.locator("#live").get_attribute("data-steps"))
+    numbers = page.locator("#live-numbers")
+    shown = numbers.inner_text()
+    page.locator("#live input[name=rho]").focus()
+    page.keyboard.press("ArrowRight")
+    page.wait_for_function("shown => document.getElementById('live-numbers').innerText !== shown", arg=shown)
+    before, after = (dict(zip(*[iter(text.split("\n"))] * 2, strict=True)) for text in (shown, numbers.inner_text()))
+    assert {name for name in before if before[name] != after[name]} == {"SAM edge", "ratio of the two"}
+    assert float(after["SAM edge"]) < float(before["SAM edge"])
+    assert int(page.locator("#live").get_attribute("data-steps")) == steps
+
+
+@needs_site
 def test_diverging_is_said_and_drawn(visit, server):
     page = visit(f"{server}/book/live.html#gd/7/0.1/0")
     wait(page, "state === 'diverged'")
