@@ -82,7 +82,7 @@ CLAIMS: tuple[Claim, ...] = (
         "On ReLU networks they have no limit: the shorter the difference, the more it reads.",
         "this page",
         "measurement",
-        "the same at s = 0.00001, after the start of training",
+        "‖∇ℓ(w + sv) − ∇ℓ(w − sv)‖/2s at s = 0.00001 over ‖Hv‖, after the start of training",
         f"at least {MORE}",
         _points(True, SHORT_STEP, 1, lambda ratio: ratio >= MORE),
         _HERE,

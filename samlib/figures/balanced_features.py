@@ -89,7 +89,7 @@ def paired_table(runs: Sequence[Run], kinds: Sequence[Kind] = SAM_RUNS) -> pd.Da
         }
         for probe in PROBES:
             values = group[group.probe == probe].difference.dropna().to_numpy(float)
-            error = f" ± {values.std(ddof=1) / len(values) ** 0.5:.1f}" if len(values) > 1 else ""
+            error = f"\u00a0±\u00a0{values.std(ddof=1) / len(values) ** 0.5:.1f}" if len(values) > 1 else ""
             row[probe] = f"{values.mean():+.1f}{error}" if len(values) else "–"
             row[f"{probe} better"] = f"{int((values < 0).sum())} of {len(values)}"
         one = group[group.probe == "object"]
