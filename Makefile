@@ -44,6 +44,7 @@ bench: setup book
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable ".[bench]"
 	$(BIN)/python benchmarks/sharpness.py
 	$(BIN)/python benchmarks/costs.py
+	$(BIN)/python benchmarks/monitor.py
 	$(BIN)/python benchmarks/site_lcp.py
 	-$(BIN)/python benchmarks/sweep_overhead.py
 

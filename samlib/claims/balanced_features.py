@@ -166,7 +166,7 @@ CLAIMS = (
     ),
     Claim(
         "easier",
-        "It does not pay for that with the easier feature (CNN with BatchNorm, ρ = 0.3, loss 0.01).",
+        "SAM does not pay for the harder feature with the easier one (CNN with BatchNorm, ρ = 0.3, loss 0.01).",
         _THEIRS,
         "comparison",
         f"digit's probe error: {_PAIRED}",
@@ -202,7 +202,7 @@ CLAIMS = (
     ),
     Claim(
         "weights_late",
-        "They are so at the end of training as well, at losses 0.03 and 0.01.",
+        "At losses 0.03 and 0.01, too, the examples' weights are more uniform at the perturbed point.",
         "Springer et al. (2024), importance weights",
         "kind of run",
         "share of measurements with the lower Gini coefficient at the perturbed point",
@@ -214,7 +214,7 @@ CLAIMS = (
     ),
     Claim(
         "jacobian",
-        "The Jacobian's part of SAM's gradient carries the effect, as in the diagonal net (CNN with BatchNorm, ρ 0.3).",
+        "The Jacobian's part of SAM's gradient carries the effect, as in the diagonal net (CNN, BatchNorm, ρ = 0.3).",
         "the second part of Springer et al. (2024); the diagonal net of this chapter",
         "comparison",
         "share of SAM's effect on the object's probe at loss 0.01 that the Jacobian's part alone reproduces",

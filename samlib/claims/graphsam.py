@@ -253,7 +253,7 @@ CLAIMS = (
     ),
     Claim(
         "previous_edge",
-        "With β = 0 it trains at ‖u‖/ρ, whatever the learning rate.",
+        "With β = 0 the cached perturbation trains at ‖u‖/ρ, whatever the learning rate.",
         _OWN,
         "run",
         "median of ρλ/‖u‖ over the last half of training",
@@ -264,7 +264,7 @@ CLAIMS = (
     ),
     Claim(
         "period",
-        "At its edge it oscillates with a period of 2k steps, or of 2π/arccos(1 − ηλ/2) with β = 0.",
+        "At its edge a cached perturbation oscillates with a period of 2k steps, or of 2π/arccos(1 − ηλ/2) with β = 0.",
         _OWN,
         "run",
         "period along the principal eigenvector over the predicted one",

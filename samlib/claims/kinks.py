@@ -79,7 +79,7 @@ CLAIMS: tuple[Claim, ...] = (
     ),
     Claim(
         "no_limit",
-        "On ReLU networks they have no limit: the shorter the difference, the more it reads.",
+        "On ReLU networks finite differences do not settle: short ones read more than the exact curvature.",
         "this page",
         "measurement",
         "‖∇ℓ(w + sv) − ∇ℓ(w − sv)‖/2s at s = 0.00001 over ‖Hv‖, after the start of training",
@@ -93,7 +93,7 @@ CLAIMS: tuple[Claim, ...] = (
         "Measured as the paper's code measures, SAM trains at its edge as well.",
         "Long & Bartlett (2024), figures of operator norm and SAM edge",
         "run",
-        "median over the last half of training of the norm by the reference's rule over the SAM edge",
+        "median over the last half of training of the norm as the paper's code reads it over the SAM edge",
         f"between {NEAR_THE_EDGE[0]} and {NEAR_THE_EDGE[1]}",
         _by_their_reading,
         _HERE,

@@ -48,7 +48,7 @@ def _table(parts: Iterable[list[dict[str, float]]]) -> pd.DataFrame:
     return pd.DataFrame(itertools.chain.from_iterable(parts))
 
 
-PAPER, OURS = "Agarwala & Pennington (2024)", "this project"
+PAPER, OURS = "Agarwala & Pennington (2024)", "this chapter"
 
 
 def _claim(

@@ -39,7 +39,7 @@ CLAIMS: tuple[Claim, ...] = (
     ),
     Claim(
         "resting_places",
-        "Where the measures have different least values on the minima, each variant comes to rest at its own.",
+        "Where the measures have different least values on the minima, each rule comes to rest at its own.",
         f"{_PAPER}, the class's implicit bias",
         "toy",
         "largest distance from theory, of two starting points",
@@ -50,7 +50,7 @@ CLAIMS: tuple[Claim, ...] = (
     ),
     Claim(
         "own_measure",
-        "Each variant lowers the measure that it is named for.",
+        "Each rule lowers the measure that it is named for.",
         _PAPER,
         "pair of runs",
         f"‖H‖_F, tr H or log det(I + H) over that of GD, {_AT}",
@@ -106,7 +106,7 @@ CLAIMS: tuple[Claim, ...] = (
     ),
     Claim(
         "better_than_sam",
-        "A variant lowers its own measure more than SAM does, at no more gradients.",
+        "A rule lowers its own measure more than SAM does, at no more gradients.",
         _PAPER,
         "pair of runs",
         f"its own measure over that of SAM with ρ = 0.1, {_AT}",
@@ -118,7 +118,7 @@ CLAIMS: tuple[Claim, ...] = (
     ),
     Claim(
         "own_edge",
-        "Each variant trains where λ_max of its own mean objective is 2/η, unless one sample's noise keeps it lower.",
+        "Each rule trains where λ_max of its own mean objective is 2/η, unless one sample's noise keeps it lower.",
         "this chapter, after Cohen et al. (2021)",
         "run",
         "median of λ_max of the own objective over 2/η, last half of training",

@@ -153,7 +153,7 @@ CLAIMS: tuple[Claim, ...] = (
     ),
     Claim(
         "usam_constant",
-        "The edge of unnormalised SAM does not hang on ‖g‖: λ stays constant while ‖g‖ moves.",
+        "The edge of unnormalised SAM does not depend on ‖g‖: λ stays constant while ‖g‖ moves.",
         "this chapter, after Agarwala & Dauphin (2023)",
         "run",
         f"largest over smallest λ, last half of training, of runs at their edge where ‖g‖ moves by {MOVES:g} or more",
@@ -181,4 +181,4 @@ CLAIMS: tuple[Claim, ...] = (
     ),
 )
 
-CHAPTER = Chapter("which_edge", "An edge for every rule", "cohen2021edge", configs, CLAIMS)
+CHAPTER = Chapter("which_edge", "Which edge?", "cohen2021edge", configs, CLAIMS)
