@@ -6,10 +6,10 @@ import pytest
 from typer.testing import CliRunner
 
 from samlib import Run, RunConfig, published_runs
-from samlib.claims import CLAIMS, Evidence, agrees_with_record, evaluate, record, table, verdicts
+from samlib.claims import CLAIMS, Evidence, agrees_with_record, evaluate, of_experiment, record, table, verdicts
 from samlib.cli import app
 from samlib.experiments import EXPERIMENTS
-from samlib.figures import standard
+from samlib.figures import said, standard
 from samlib.runs import publish, published_path
 
 BY_KEY = {claim.key: claim for claim in CLAIMS}
@@ -125,6 +125,25 @@ def test_the_recorded_verdicts_are_those_of_the_published_runs():
     results = verdicts()
     assert agrees_with_record(results) == []
     assert len(table(results)) == len(results) >= sum(len(claim.experiments) for claim in CLAIMS)
+
+
+def test_an_experiments_verdicts_are_those_among_all(tmp_path):
+    publish([synthetic(rho=rho, seed=seed) for rho in (0.0, 0.1) for seed in (0, 1)], published_path("mnist", tmp_path))
+    everything = verdicts(tmp_path)
+    assert [v.claim for v in everything if v.claim in CLAIMS] == [c for c in CLAIMS for _ in c.experiments]
+    for name in ("mnist", "shakespeare"):
+        found = of_experiment(name, tmp_path)
+        assert [v.claim.key for v in found] == [claim.key for claim in CLAIMS if name in claim.experiments]
+        among = [v for v in everything if v.experiment == name and v.claim in CLAIMS]
+        assert [(v.claim, v.outcome, v.supporting, v.total) for v in found] == [
+            (v.claim, v.outcome, v.supporting, v.total) for v in among
+        ]
+
+
+def test_a_verdict_in_a_sentence():
+    assert said(verdict("sam", [synthetic(seed=seed) for seed in range(3)])) == "● **reproduced** (3 of 3)"
+    assert said(verdict("sam", [synthetic(ratio=2.0)])) == "○ **not reproduced** (0 of 1)"
+    assert said(verdict("sam", [])) == "– **not recorded**"
 
 
 def test_record_round_trip(tmp_path):
