@@ -1,6 +1,8 @@
 """Shared fixtures: small problems in float64, a store, and real data where there is any."""
 
+import codecs
 import os
+import shutil
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -14,6 +16,7 @@ from samlib.datasets import SOURCES
 from samlib.datasets.files import problem as file_problem
 from samlib.experiments import cross_entropy, mean_squared_error
 from samlib.objective import flatten_parameters
+from samlib.objective.objective import text_encoding
 from samlib.site.browser import chromium, launch, serve, settle
 
 mpl.use("agg")
@@ -28,6 +31,11 @@ MISSING = [
     *(name for name in ("playwright", "axe_playwright_python") if not find_spec(name)),
 ]
 needs_site = pytest.mark.skipif(bool(MISSING), reason=f"this needs {', '.join(MISSING)}")
+
+needs_compiler = pytest.mark.skipif(
+    not shutil.which("c++") or codecs.lookup(text_encoding()).name == "ascii",
+    reason="torch.compile needs a C++ compiler on a CPU, and a locale of more than ASCII to read its own files",
+)
 
 
 def pytest_collection_modifyitems(items):

@@ -1,5 +1,3 @@
-import shutil
-
 import pytest
 import torch
 from torch import nn
@@ -7,7 +5,7 @@ from torch import nn
 from samlib import HessianOperator, Objective
 from samlib.objective import compiled_kernel, flatten_parameters
 
-from .conftest import PROBLEMS, WithBatchNorm, problem
+from .conftest import PROBLEMS, WithBatchNorm, needs_compiler, problem
 
 
 def plain_loss(objective, params):
@@ -59,7 +57,7 @@ def test_dense_hessian_of_a_linear_model_in_closed_form():
     torch.testing.assert_close(dense, 2 / 14 * torch.kron(torch.eye(2, dtype=torch.float64), x.T @ x))
 
 
-@pytest.mark.skipif(not shutil.which("c++"), reason="no C++ compiler, which torch.compile needs on a CPU")
+@needs_compiler
 def test_a_compiled_kernel_gives_the_same_value_and_gradient():
     objective, params = problem("mlp")
     kernel = compiled_kernel(objective.model, objective.loss)

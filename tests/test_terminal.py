@@ -133,3 +133,12 @@ def test_repeatable_options_and_flags_may_be_repeated(tmp_path):
 def test_times_and_places():
     assert [seconds(text, "--x") for text in ("90s", "9m", "2h", "5")] == [90, 540, 7200, 5]
     given_once({"a": 1}, {"b": 2}, {})
+
+
+def test_a_compiled_run_says_what_it_lacks_in_the_locale_c(tmp_path):
+    """PyTorch's compiler reads its own files as the locale has it."""
+    command = [sys.executable, "-m", "samlib", *RUN, "--set", "compiled=true", "--store", str(tmp_path / "store")]
+    environment = {**os.environ, **C, "PYTHONPATH": str(ROOT)}
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, encoding="utf-8", check=False)
+    assert done.returncode == 1
+    assert "set PYTHONUTF8=1, or do without the compiler" in " ".join((done.stdout + done.stderr).split())

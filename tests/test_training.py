@@ -1,5 +1,4 @@
 import random
-import shutil
 import signal
 import subprocess
 import sys
@@ -30,7 +29,7 @@ from samlib.experiments.task import Task
 from samlib.observables import measure
 from samlib.training import OutOfTime
 
-from .conftest import ROOT, small_config, small_language_config
+from .conftest import ROOT, needs_compiler, small_config, small_language_config
 
 RECORDED = {
     "loss": [0.1253677588, 0.09032041029, 0.08257662597],
@@ -354,7 +353,7 @@ def test_a_run_repeats_bit_for_bit_on_its_device(network, device):
     pd.testing.assert_frame_equal(values(first), values(second), check_exact=True)
 
 
-@pytest.mark.skipif(not shutil.which("c++"), reason="no C++ compiler, which torch.compile needs on a CPU")
+@needs_compiler
 @pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize("network", NETWORKS)
 def test_a_compiled_run_is_the_plain_one_up_to_rounding_and_repeats_bit_for_bit(network, device):

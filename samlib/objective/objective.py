@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import codecs
 import copy
+import locale
+import sys
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any, TypeVar
 
@@ -223,6 +226,11 @@ def pure_loss(
     return value
 
 
+def text_encoding() -> str:
+    """How text files are read that nobody says the encoding of, as PyTorch's compiler reads its own."""
+    return "utf-8" if sys.flags.utf8_mode else locale.getencoding()
+
+
 def compiled_kernel(
     model: nn.Module, loss: Loss, cuda_graph: bool = False, parameters: Iterable[str] | None = None
 ) -> Kernel:
@@ -236,7 +244,16 @@ def compiled_kernel(
         loss: as for :class:`Objective`, except that it may not use the module's parameters.
         cuda_graph: let a GPU launch the whole program at once. What it returned is overwritten by the next call.
         parameters: as for :class:`Objective`.
+
+    Raises:
+        RuntimeError: in a locale of ASCII alone, in which PyTorch's compiler cannot read its own files.
     """
+    encoding = text_encoding()
+    if codecs.lookup(encoding).name == "ascii":
+        raise RuntimeError(
+            f"the locale's encoding is {encoding}, in which PyTorch's compiler cannot read its own files; set "
+            "PYTHONUTF8=1, or do without the compiler (compiled=False)"
+        )
     kernel = torch.compile(
         torch.func.grad_and_value(pure_loss(model, loss, parameters)),
         fullgraph=True,
