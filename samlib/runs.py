@@ -263,7 +263,8 @@ def published_runs(experiment: str, folder: str | os.PathLike[str] | None = None
 
 
 def publish(runs: Iterable[Run], path: Path) -> list[Run]:
-    """Merge runs into a published file, replacing those with the same id, and return all that it now holds.
+    """Merge runs into a published file, replacing those with the same id, and those of an older version of the
+    record with the same configuration and data; return all that it now holds.
 
     Raises:
         StoreError: if a run used stand-in data.
@@ -282,8 +283,10 @@ def _merge(runs: list[Run], path: Path) -> list[Run]:
     import pyarrow.parquet as pq
 
     merged = {run.id: run for run in (load_published(path) if path.exists() else [])} | {run.id: run for run in runs}
+    by_age = sorted(merged.values(), key=lambda run: run.record)
+    newest = {(run.config, run.provenance["fingerprint"]): run for run in by_age}
     ordered = sorted(
-        merged.values(), key=lambda r: (r.config.profile, r.config.learning_rate, r.config.rho, r.config.seed, r.id)
+        newest.values(), key=lambda r: (r.config.profile, r.config.learning_rate, r.config.rho, r.config.seed, r.id)
     )
     grid = ("profile", "learning_rate", "rho", "seed")
     frames = [

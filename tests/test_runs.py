@@ -194,6 +194,16 @@ def test_publish_merges_and_reads_back(tmp_path):
     assert published_runs("cifar10", tmp_path) == []
 
 
+def test_a_newer_record_replaces_an_older_one_of_the_same_configuration(tmp_path):
+    path = tmp_path / "mnist.parquet"
+    new, other = fake_run(0.1), fake_run(0.0)
+    old = dataclasses.replace(new, id="0123456789abcdef", provenance=new.provenance | {"record": 1})
+    older_data = dataclasses.replace(old, id="fedcba9876543210", provenance=old.provenance | {"fingerprint": "g"})
+    publish([old, older_data, other], path)
+    assert {run.id for run in publish([new], path)} == {new.id, older_data.id, other.id}
+    assert {run.id for run in publish([old], path)} == {new.id, older_data.id, other.id}
+
+
 def test_published_runs_are_not_trained_again(tmp_path, store):
     run = fake_run()
     publish([run], tmp_path / "mnist.parquet")
