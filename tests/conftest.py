@@ -9,6 +9,7 @@ from pathlib import Path
 import matplotlib as mpl
 import pytest
 import torch
+from hypothesis import settings
 from torch import nn
 
 from samlib import CNN, MLP, Objective, RunConfig, RunStore, Transformer
@@ -21,6 +22,9 @@ from samlib.site.browser import chromium, launch, serve, settle
 
 mpl.use("agg")
 ROOT = Path(__file__).parents[1]
+if not os.access(ROOT, os.W_OK):  # nor has Hypothesis a place for its examples then
+    settings.register_profile("read-only", database=None)
+    settings.load_profile("read-only")
 SITE = ROOT / "_build" / "html"
 REAL_DATA = Path(os.environ.get("SAMLIB_DATA", ROOT / "data"))
 
