@@ -1,6 +1,5 @@
 """Shared fixtures: small problems in float64, a store, and real data where there is any."""
 
-import codecs
 import os
 import shutil
 from importlib.util import find_spec
@@ -17,7 +16,7 @@ from samlib.datasets import SOURCES
 from samlib.datasets.files import problem as file_problem
 from samlib.experiments import cross_entropy, mean_squared_error
 from samlib.objective import flatten_parameters
-from samlib.objective.objective import text_encoding
+from samlib.objective.objective import compiler_unread
 from samlib.site.browser import chromium, launch, serve, settle
 
 mpl.use("agg")
@@ -36,8 +35,11 @@ MISSING = [
 ]
 needs_site = pytest.mark.skipif(bool(MISSING), reason=f"this needs {', '.join(MISSING)}")
 
+wraps_for_compiler = pytest.mark.skipif(
+    bool(compiler_unread()), reason="torch.compile cannot read its own files in a locale of ASCII alone"
+)
 needs_compiler = pytest.mark.skipif(
-    not shutil.which("c++") or codecs.lookup(text_encoding()).name == "ascii",
+    bool(compiler_unread() or not shutil.which("c++")),
     reason="torch.compile needs a C++ compiler on a CPU, and a locale of more than ASCII to read its own files",
 )
 

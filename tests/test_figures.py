@@ -8,7 +8,7 @@ import pytest
 from bs4 import BeautifulSoup
 
 from samlib import Run, RunConfig, figures, published_runs, train
-from samlib.claims import CLAIMS, SYSTEMS, Evidence, evaluate, verdicts
+from samlib.claims import CHAPTERS, CLAIMS, SYSTEMS, Evidence, evaluate, of_chapter, verdicts
 from samlib.cli import app
 from samlib.experiments import EXPERIMENTS
 
@@ -228,3 +228,17 @@ def test_words_about_nothing_say_nothing(runs):
     assert figures.ratios_in_words(plain) == figures.alignments_in_words(plain) == figures.losses_in_words(plain) == ""
     assert "ρ > 0" not in figures.norms_in_words(plain)
     assert figures.norms_in_words([]) == ""
+
+
+@pytest.mark.parametrize(("done", "said"), [(2, "Provisional: 2 of 3 runs are recorded."), (3, "")])
+def test_a_chapters_claims_say_while_they_are_provisional(done, said, monkeypatch):
+    monkeypatch.setattr(figures.verdicts, "recorded", lambda name: (done, 3) if name == "kinks" else None)
+    page = BeautifulSoup(figures.chapter(of_chapter("kinks")).data, "html.parser")
+    assert page.select_one(".samlib-claims-head > b").text == said
+    assert len(page.select("details.samlib-fold")) == len(CHAPTERS["kinks"].claims)
+
+
+def test_a_wide_table_has_the_pages_width_and_no_index():
+    page = BeautifulSoup(figures.wide(pd.DataFrame({"η": [0.3, 1.0]})).to_html(), "html.parser")
+    assert "full-width" in page.table["class"]
+    assert [cell.text for cell in page.select("th")] == ["η"]

@@ -23,7 +23,7 @@ from samlib.lanczos import lanczos_ends
 from samlib.observables import measure
 from samlib.optim import EPSILON
 
-from .conftest import ROOT, small_config, small_language_config
+from .conftest import ROOT, small_config, small_language_config, wraps_for_compiler
 
 SGD, Adam = torch.optim.SGD, torch.optim.Adam
 
@@ -343,12 +343,12 @@ def test_it_is_warm_from_call_to_call_and_follows_changes_of_the_model():
     assert monitor.measure()["sharpness"] == pytest.approx(float(torch.linalg.eigvalsh(hessian)[-1]))
 
 
-def test_wrapped_models_are_seen_through():
+@pytest.mark.parametrize("wrap", [pytest.param(torch.compile, marks=wraps_for_compiler), nn.DataParallel])
+def test_wrapped_models_are_seen_through(wrap):
     model, (x, y) = mlp(), small_data()
     optimizer = SGD(model.parameters(), lr=0.1)
     plain = EdgeMonitor(model, mse_loss, (x, y), optimizer).measure()
-    for wrapped in (torch.compile(model, backend="eager"), nn.DataParallel(model)):
-        assert EdgeMonitor(wrapped, mse_loss, [x, y], optimizer).measure() == plain
+    assert EdgeMonitor(wrap(model), mse_loss, [x, y], optimizer).measure() == plain
 
 
 def test_parameters_that_the_optimizer_does_not_move_have_no_part_in_the_edge():

@@ -15,8 +15,8 @@ from .paper import (
 )
 from .shapes import SHOWN, forest, panels
 from .story import card, headline, seen, standalone
-from .style import COLOURS, LABELS, Figure, drawing, render
-from .verdicts import claims, fold, judge, outcome, said
+from .style import COLOURS, LABELS, Figure, drawing, render, wide
+from .verdicts import chapter, claims, fold, judge, outcome, said
 from .words import alignments_in_words, losses_in_words, norms_in_words, ratios_in_words
 
 __all__ = [
@@ -30,6 +30,7 @@ __all__ = [
     "beside",
     "card",
     "changed",
+    "chapter",
     "claims",
     "command",
     "doors",
@@ -57,5 +58,6 @@ __all__ = [
     "standard",
     "tidy",
     "typical",
+    "wide",
     "with_spectrum",
 ]

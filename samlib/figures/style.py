@@ -11,7 +11,7 @@ import io
 import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import matplotlib as mpl
 import matplotlib.lines
@@ -24,7 +24,22 @@ from matplotlib.figure import Figure as Canvas
 from ..runs import Run
 from ..selection import command
 
-__all__ = ["COLOURS", "FOREGROUND", "LABELS", "LEAST", "STYLE", "Figure", "drawing", "key", "plain_log", "render"]
+if TYPE_CHECKING:
+    from pandas.io.formats.style import Styler
+
+__all__ = [
+    "COLOURS",
+    "FOREGROUND",
+    "LABELS",
+    "LEAST",
+    "STYLE",
+    "Figure",
+    "drawing",
+    "key",
+    "plain_log",
+    "render",
+    "wide",
+]
 
 FOREGROUND = "#010203"  # becomes the page's text colour
 LEAST = 1.15  # a picture's points are drawn at this many pixels or more, so that its text of 10 points can be read
@@ -194,3 +209,8 @@ def plain_log(axis: Axes) -> None:
     if high / low < 1000:
         axis.yaxis.set_major_locator(mpl.ticker.LogLocator(subs=(1, 2, 5) if high / low < 50 else (1, 3)))
     axis.yaxis.set_minor_formatter(mpl.ticker.NullFormatter())
+
+
+def wide(table: pd.DataFrame) -> Styler:
+    """A table without its index that uses the whole width of the page, the margin included."""
+    return table.style.hide().set_table_attributes('class="full-width"')

@@ -11,13 +11,13 @@ from typing import Any
 import numpy as np
 from IPython.display import HTML
 
-from ..claims import CHAPTERS, PARTLY, REPRODUCED, Verdict
+from ..claims import CHAPTERS, PARTLY, REPRODUCED, Verdict, recorded
 from ..experiments import title
 from ..runs import Run
 from .shapes import SHOWN, forest
 from .style import Figure
 
-__all__ = ["claims", "fold", "judge", "outcome", "said"]
+__all__ = ["chapter", "claims", "fold", "judge", "outcome", "said"]
 
 WIDTH, HEIGHT = 110, 16  # of the strip that shows a share, in pixels
 
@@ -71,6 +71,15 @@ def claims(results: Sequence[Verdict], name: str, note: str = "") -> HTML:
         f"{where}<span></span>{_strip(marks)}<span>support it</span><span>statistic [95 %]</span></span></div>"
     )
     return HTML(f'<div class="samlib-claims full-width{" samlib-by-place" * bool(where)}">{head}{rows}</div>')
+
+
+def chapter(results: Sequence[Verdict]) -> HTML:
+    """The claims of a chapter, as :func:`claims`; while not all of its runs are recorded, it says that they are
+    provisional."""
+    name = results[0].experiment
+    done, planned = recorded(name)
+    note = f"Provisional: {done} of {planned} runs are recorded." if done < planned else ""
+    return claims(results, name, note)
 
 
 def fold(title: str, lines: Sequence[str]) -> HTML:

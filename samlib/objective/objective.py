@@ -226,9 +226,10 @@ def pure_loss(
     return value
 
 
-def text_encoding() -> str:
-    """How text files are read that nobody says the encoding of, as PyTorch's compiler reads its own."""
-    return "utf-8" if sys.flags.utf8_mode else locale.getencoding()
+def compiler_unread() -> str | None:
+    """The locale's encoding, if PyTorch's compiler, which reads its own files in it, cannot; else None."""
+    encoding = "utf-8" if sys.flags.utf8_mode else locale.getencoding()
+    return encoding if codecs.lookup(encoding).name == "ascii" else None
 
 
 def compiled_kernel(
@@ -248,8 +249,7 @@ def compiled_kernel(
     Raises:
         RuntimeError: in a locale of ASCII alone, in which PyTorch's compiler cannot read its own files.
     """
-    encoding = text_encoding()
-    if codecs.lookup(encoding).name == "ascii":
+    if encoding := compiler_unread():
         raise RuntimeError(
             f"the locale's encoding is {encoding}, in which PyTorch's compiler cannot read its own files; set "
             "PYTHONUTF8=1, or do without the compiler (compiled=False)"
