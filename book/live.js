@@ -11,7 +11,8 @@
 //   tolerance                  largest residual of λ_max that is accepted, relative to λ_max
 //   seed, or weights           start again, from random weights or from these
 //   steps                      how many more steps to take; 0 pauses, Infinity goes on
-// It answers with { rows }: per step the loss, ‖g‖, λ_max and the edges, all at the weights before that step.
+// It answers with { rows }: per step the loss, ‖g‖, λ_max and the edges, all at the weights before that step; and, when a
+// message finds it at rest or brings it there, with { edges } of its last step: no rows follow.
 "use strict";
 const PIXELS = 64, HIDDEN = 32, CLASSES = 10, MOMENTUM = 0.9;
 const EPSILON = 1e-5; // added to ‖g‖ in SAM's normaliser
@@ -256,5 +257,5 @@ onmessage = ({ data: { digits, seed, weights, steps, ...rest } }) => {
   if (left > 0 && !running) {
     running = true;
     setTimeout(work);
-  } else if (left === 0 && step > 0) postMessage({ edges: edges() }); // of the last step, under the settings of now
+  } else if (left === 0) postMessage({ edges: edges() }); // of the last step, under the settings of now
 };
