@@ -179,6 +179,15 @@ def _numbers(words):
     return [float(number) for number in re.findall(r"(?<![\w.])\d+\.?\d*(?:e-?\d+)?", words)]
 
 
+def test_a_mean_is_said_with_its_spread():
+    values = np.random.default_rng(0).normal(size=7)
+    assert figures.mean_in_words([]) == "–"
+    assert figures.mean_in_words([1.2345678]) == "1.235"
+    half, error = (values.max() - values.min()) / 2, values.std(ddof=1) / 7**0.5
+    assert figures.mean_in_words(values) == f"{values.mean():.4g}\u00a0±\u00a0{half:.2g}"
+    assert figures.mean_in_words(values, "+.1f", error=".1f") == f"{values.mean():+.1f}\u00a0±\u00a0{error:.1f}"
+
+
 def test_words_give_the_numbers_of_the_runs(runs):
     done = [run for run in runs if run.outcome == "finished"]
     sharpness_aware = [run for run in done if run.config.rho > 0]

@@ -17,7 +17,7 @@ from .shapes import SHOWN, forest, panels
 from .story import card, headline, seen, standalone
 from .style import COLOURS, LABELS, Figure, drawing, render, wide
 from .verdicts import chapter, claims, fold, judge, outcome, said
-from .words import alignments_in_words, losses_in_words, norms_in_words, ratios_in_words
+from .words import alignments_in_words, losses_in_words, mean_in_words, norms_in_words, ratios_in_words
 
 __all__ = [
     "COLOURS",
@@ -46,6 +46,7 @@ __all__ = [
     "leading",
     "losses",
     "losses_in_words",
+    "mean_in_words",
     "norms_and_edges",
     "norms_in_words",
     "outcome",

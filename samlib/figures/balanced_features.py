@@ -16,6 +16,7 @@ from ..claims.balanced_runs import LEVELS, at_level, cell, pairs
 from ..runs import Run
 from .shapes import panels
 from .style import COLOURS, FOREGROUND, Figure, drawing, plain_log
+from .words import mean_in_words
 
 __all__ = ["Kind", "at_equal_loss", "edges", "gini_changes", "lorenz", "paired_table", "split", "through_the_loss"]
 
@@ -89,8 +90,7 @@ def paired_table(runs: Sequence[Run], kinds: Sequence[Kind] = SAM_RUNS) -> pd.Da
         }
         for probe in PROBES:
             values = group[group.probe == probe].difference.dropna().to_numpy(float)
-            error = f"\u00a0±\u00a0{values.std(ddof=1) / len(values) ** 0.5:.1f}" if len(values) > 1 else ""
-            row[probe] = f"{values.mean():+.1f}{error}" if len(values) else "–"
+            row[probe] = mean_in_words(values, "+.1f", error=".1f")
             row[f"{probe} better"] = f"{int((values < 0).sum())} of {len(values)}"
         one = group[group.probe == "object"]
         row["steps ÷ SGD's"] = f"{one.steps.mean():.1f}"

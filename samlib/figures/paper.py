@@ -17,6 +17,7 @@ from ..runs import Run
 from ..selection import changed, edge_of, grouped, leading, ordered, tidy
 from .shapes import panels
 from .style import COLOURS, FOREGROUND, LABELS, Figure
+from .words import mean_in_words
 
 __all__ = [
     "alignments",
@@ -186,9 +187,7 @@ def final_table(runs: Sequence[Run]) -> pd.DataFrame:
             "test_metric": find(group[0].config.experiment).metric_name,
         }
         for column, label in columns.items():
-            values = np.array([run.last[column] for run in finished])
-            spread = f"\u00a0±\u00a0{np.ptp(values) / 2:.2g}" if len(values) > 1 else ""
-            row[label] = f"{values.mean():.4g}{spread}" if len(values) else "–"
+            row[label] = mean_in_words([run.last[column] for run in finished])
         rows.append(row)
     return pd.DataFrame(rows)
 

@@ -5,13 +5,15 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Sequence
 
 import numpy as np
+from numpy.typing import ArrayLike
+from scipy.stats import sem
 
 from ..claims import last_half
 from ..experiments import find
 from ..runs import Run
 from ..selection import edge_of, grouped
 
-__all__ = ["alignments_in_words", "losses_in_words", "norms_in_words", "ratios_in_words"]
+__all__ = ["alignments_in_words", "losses_in_words", "mean_in_words", "norms_in_words", "ratios_in_words"]
 
 
 def norms_in_words(runs: Sequence[Run]) -> str:
@@ -79,6 +81,15 @@ def losses_in_words(runs: Sequence[Run]) -> str:
         if {(rate, 0.0), (rate, radii[-1])} <= loss.keys()
     ]
     return f"With ρ = {radii[-1]:g} against ρ = 0, means over seeds: {'; '.join(words)}." if words else ""
+
+
+def mean_in_words(values: ArrayLike, shown: str = ".4g", error: str | None = None) -> str:
+    """The mean of values (n,) ± half their range, or ± its standard error where that has a format of its own."""
+    values = np.asarray(values, float)
+    if not len(values):
+        return "–"
+    spread = f"{sem(values):{error}}" if error else f"{np.ptp(values) / 2:.2g}"
+    return f"{values.mean():{shown}}" + (f"\u00a0±\u00a0{spread}" if len(values) > 1 else "")
 
 
 def _finished(runs: Iterable[Run], sharpness_aware: bool) -> list[Run]:
