@@ -176,22 +176,24 @@ class Objective:
         w = leaf(params)
 
         def accumulate() -> tuple[Tensor, Tensor]:
-            value, gradient = torch.zeros((), dtype=w.dtype, device=w.device), torch.zeros_like(w)
+            value, gradient = torch.zeros((), dtype=w.dtype, device=w.device), None
             for loss in self.chunk_losses():
-                gradient += torch.autograd.grad(loss, w)[0]
+                (part,) = torch.autograd.grad(loss, w)
+                gradient = part if gradient is None else gradient + part
                 value += loss.detach()
-            return value, gradient
+            return value, torch.zeros_like(w) if gradient is None else gradient
 
         return self._by_kernel(self.kernel, w.detach()) if self.kernel else self.within(w, accumulate)
 
     def _by_kernel(self, kernel: Kernel, params: Tensor) -> tuple[Tensor, Tensor]:
         with isolated(self.layout.device, self.data.streamed):
-            value, gradient = torch.zeros((), dtype=params.dtype, device=params.device), torch.zeros_like(params)
+            value, gradient = torch.zeros((), dtype=params.dtype, device=params.device), None
             for chunk, share in self.weighted_chunks():
+                # Copied: a CUDA graph writes its next result to the same place.
                 part, mean = kernel(params, chunk.inputs, chunk.targets)
-                gradient.add_(part, alpha=share)
+                gradient = part * share if gradient is None else gradient.add_(part, alpha=share)
                 value.add_(mean, alpha=share)
-        return value, gradient
+        return value, torch.zeros_like(params) if gradient is None else gradient
 
     def gradient(self, params: Tensor) -> Tensor:
         """∇ℓ(w), shape (P,)."""
