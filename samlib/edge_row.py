@@ -37,7 +37,8 @@ def both_ends(
 ) -> EigenResult:
     """The ``count`` largest pairs and the smallest one: warm from an earlier result's model, or checked from cold."""
     explore = 6 if start is None else 0
-    return extreme_eigenpairs(operator, count, 1, start, tol, generator=generator, explore=explore)
+    low = 1 if count < operator.shape[0] else 0  # else it is among them
+    return extreme_eigenpairs(operator, count, low, start, tol, generator=generator, explore=explore)
 
 
 @dataclass(eq=False)

@@ -14,7 +14,7 @@ from torch import Tensor
 from .davidson import Search, Wanted
 from .lowrank import LowRank, least_change, values_beside, warm_start
 from .ritz import SearchSpace, inner, norms
-from .symmetric import SymmetricOperator, as_operator
+from .symmetric import SymmetricOperator, as_operator, on_the_host
 
 __all__ = [
     "MAX_BASIS",
@@ -95,8 +95,8 @@ def top_eigenpairs(
         k: how many, 1 ≤ k ≤ P.
         which: "LA" largest, "SA" smallest, "LM" largest in magnitude (one pair: the operator norm), "BE" half from
             each end (the odd one from the top), as in SciPy's ``eigsh``.
-        v0: warm start: vectors, shape (P,) or (P, m), or better the ``model`` of an earlier result for a nearby
-            operator, which preconditions the search as well. Without one the start is random.
+        v0: warm start: vectors, shape (P,) or (P, m), or better an earlier result for a nearby operator, or its
+            ``model``, which preconditions the search as well. Without one the start is random.
         tol: bound on each residual ‖H v − θ v‖ relative to the largest |θ| found.
         max_matvecs: budget of products; k are spent in any case. Up to P = 1,024 no more than P ever are.
         generator: source of the random directions; seeded with 0 if not given.
@@ -125,6 +125,8 @@ def top_eigenpairs(
     >>> top_eigenpairs(torch.diag(torch.tensor([3.0, -1.0, 2.0])), k=2).values.round(decimals=3)
     tensor([3., 2.])
     """
+    if isinstance(k, bool) or not hasattr(k, "__index__"):
+        raise TypeError(f"k must be a whole number, got {k!r}")
     if which not in ("LA", "SA", "LM", "BE"):
         raise ValueError(f"which must be 'LA', 'SA', 'LM' or 'BE', got {which!r}")
     high, low = {"LA": (k, 0), "SA": (0, k), "LM": (k, k), "BE": ((k + 1) // 2, k // 2)}[which]
@@ -167,6 +169,7 @@ def extreme_eigenpairs(
     return _solve(operator, "high + low", wanted, v0, max_matvecs, generator, explore)
 
 
+@on_the_host
 @torch.no_grad()
 def _solve(
     operator: Any,
@@ -177,9 +180,12 @@ def _solve(
     generator: torch.Generator | None,
     explore: int,
 ) -> EigenResult:
+    v0 = _started_from(v0)
     given = v0[0] if isinstance(v0, tuple) else v0
     operator = as_operator(operator, *(() if given is None else (None, given.dtype, given.device)))
     size, count = operator.size, wanted.count
+    if generator is not None and not isinstance(generator, torch.Generator):
+        raise TypeError(f"generator must be a torch.Generator, got {type(generator).__name__}")
     if not 1 <= count <= size:
         raise ValueError(f"{pairs_asked} must lie between 1 and the operator's size {size}, got {count}")
     if max_matvecs < 1:
@@ -210,6 +216,20 @@ def _solve(
     values = pairs.theta[pairs.chosen].to(real)
     residuals, spent, done = pairs.residuals.to(real), space.matvecs, not pairs.open
     return EigenResult(values, vectors, residuals, spent, done, model, others, search.missed)
+
+
+def _started_from(v0: Any) -> Any:
+    """A warm start as tensors: of a result its model, of an array or a list the vectors."""
+    if isinstance(v0, EigenResult):
+        return tuple(v0.model)
+    if v0 is None or isinstance(v0, Tensor) or (isinstance(v0, tuple) and all(isinstance(t, Tensor) for t in v0)):
+        return v0
+    try:
+        return torch.as_tensor(v0)
+    except (TypeError, ValueError, RuntimeError):
+        raise TypeError(
+            f"v0 must be a vector (P,), vectors (P, m), a result or its model, got {type(v0).__name__}"
+        ) from None
 
 
 class Alignment(NamedTuple):

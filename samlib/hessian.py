@@ -46,8 +46,12 @@ class HessianOperator:
         self.retain_graph = objective.retain_graph if retain_graph is None else retain_graph
         self.matvecs = 0
         self.shape = (objective.size, objective.size)
+        params = objective.checked(params)
         self.dtype, self.device = params.dtype, params.device
         self._params = leaf(params, own=True)
+        layout = objective.layout
+        others = {**layout.constants, **dict(objective.model.named_buffers())}
+        self._fixed = {name: t.detach().clone() for name, t in others.items()}  # a training moves those, too
         self._gradients: list[Tensor] = []
         if self.retain_graph:
             self.value, self.gradient = self._within(self._keep_graphs)
@@ -68,7 +72,7 @@ class HessianOperator:
     def _within(self, function: Callable[[], T]) -> T:
         """What a function returns at w, or an error that names the module without a second derivative."""
         try:
-            return self.objective.within(self._params, function)
+            return self.objective.within(self._params, function, self._fixed)
         except RuntimeError as error:
             said = str(error).lower()
             if not any(words in said for words in ("is not implemented", "differentiate twice", "double backward")):
@@ -97,6 +101,11 @@ class HessianOperator:
 
     def matvec(self, vector: Tensor) -> Tensor:
         """H v for v of shape (P,)."""
+        if not isinstance(vector, Tensor):
+            raise TypeError(
+                f"expected a vector as a tensor ({self.shape[0]},), got {type(vector).__name__}; "
+                "as_linear_operator() takes arrays"
+            )
         if vector.shape != self.shape[:1]:
             raise ValueError(f"expected a vector of shape ({self.shape[0]},), got {tuple(vector.shape)}")
         self.matvecs += 1

@@ -10,10 +10,12 @@ from torch import Tensor
 
 from .eigen import EigenResult, LowRank, SymmetricOperator
 from .optim.precision import norm
+from .symmetric import on_the_host
 
 __all__ = ["lanczos_ends"]
 
 
+@on_the_host
 @torch.no_grad()
 def lanczos_ends(
     operator: SymmetricOperator,
@@ -43,7 +45,7 @@ def lanczos_ends(
 
     Returns:
         An :class:`samlib.EigenResult`, largest first and the smallest last. If the budget ended first, ``converged``
-        is false and a ``RuntimeWarning`` tells the residual reached.
+        is false and a ``RuntimeWarning`` tells the residual reached; or that the products are not symmetric.
 
     Source: Wu & Simon (2000), *Thick-restart Lanczos method for large symmetric eigenvalue problems*; with full
     orthogonalisation, so that the projected matrix is computed, not assumed tridiagonal.
@@ -52,14 +54,15 @@ def lanczos_ends(
     tensor([ 3., -1.])
     """
     size = operator.shape[0]
-    if not 1 <= high < size:
-        raise ValueError(f"high must lie between 1 and the operator's size {size} less one, got {high}")
+    if not 1 <= high <= size:
+        raise ValueError(f"high must lie between 1 and the operator's size {size}, got {high}")
     if basis < high + 3:
         raise ValueError(f"basis must be at least high + 3 = {high + 3}, got {basis}")
     basis = min(basis, size)
     generator = generator or torch.Generator().manual_seed(0)
     rows, projected = _begin(operator, start, high, basis, generator)
     count = matvecs = 0
+    asymmetry = 0.0
     while True:
         residue = rows[count + 1]  # in place: a vector less
         residue.copy_(operator @ rows[count])
@@ -67,6 +70,8 @@ def lanczos_ends(
         column = _orthogonalise(residue, rows[:count])
         if not bool(column.isfinite().all()):
             raise FloatingPointError("the operator returned a vector that is not finite")
+        if count > 1:  # what the products before said of this one
+            asymmetry = max(asymmetry, float((column[:-1] - projected[count - 1, : count - 1]).abs().max()))
         projected[:count, count - 1] = projected[count - 1, :count] = column
         theta, rotation = (t.flip(-1) for t in torch.linalg.eigh(projected[:count, :count]))  # largest first
         beta, scale = float(norm(residue)), theta.abs().max()
@@ -74,23 +79,35 @@ def lanczos_ends(
         residuals = (beta if count < size else 0.0) * rotation[-1].abs() + rounding
         wanted = [*range(min(high, count - 1)), count - 1]
         done = count == size or (count > high and _good_enough(theta[wanted], residuals[wanted], scale, tol, low_tol))
-        if done or matvecs >= max_matvecs:
+        asymmetric = asymmetry > max(tol, torch.finfo(rows.dtype).eps ** 0.5) * scale
+        done &= not asymmetric
+        if done or asymmetric or matvecs >= max_matvecs:
             break
         if count == basis:
             kept = [*range(high + 1), count - 1]
             rows[: len(kept)] = rotation[:, kept].mT.to(rows) @ rows[:count]
             count = len(kept)
             projected.zero_()[:count, :count] = theta[kept].diag()
+            projected[count, :count] = beta * rotation[-1, kept]
+        elif count < basis:
+            projected[count, count - 1] = beta
         if beta <= rounding:  # the space is invariant: go on beside it
+            projected[count] = 0
             residue.copy_(_random(generator, rows))
             _orthogonalise(residue, rows[:count])
         rows[count] = residue.div_(norm(residue).to(residue))
     if not done:
+        why = f"against tol·‖H‖ = {tol * scale:.2e}; raise max_matvecs, the basis or tol"
+        if asymmetric:
+            residuals = residuals + asymmetry
+            why = (
+                "because the operator is not symmetric: its products differ from symmetric ones by "
+                f"{asymmetry / scale:.1%} of the largest"
+            )
         warnings.warn(
-            f"eigenpairs not converged after {matvecs} products: largest residual {residuals[wanted].max():.2e} "
-            f"against tol·‖H‖ = {tol * scale:.2e}; raise max_matvecs, the basis or tol",
+            f"eigenpairs not converged after {matvecs} products: largest residual {residuals[wanted].max():.2e} {why}",
             RuntimeWarning,
-            stacklevel=2,
+            stacklevel=3,
         )
     spare = min(high, count - 1)  # comes first, so that the others are a view
     kept = [spare, *wanted] if spare not in wanted else wanted

@@ -22,7 +22,7 @@ from .laws import EdgeLaw, edge_law
 from .objective import Loss, Objective
 from .objective.isolation import isolated, undisturbed
 from .objective.parameters import Layout
-from .optim import SAM, uphill
+from .optim import DIRECTION, SAM, uphill
 from .optim.precision import norm
 from .processes import Processes, SharedHessian
 
@@ -167,7 +167,12 @@ class EdgeMonitor:
         if self._built_for == (modes, named):
             return
         self._memory.clear()
-        self._large = Layout(self.model, self._parameters).size > LARGE
+        size = Layout(self.model, self._parameters).size
+        if self.eigenvalues > size:
+            raise ValueError(
+                f"eigenvalues must be at most the {size} parameters that there are, got {self.eigenvalues}"
+            )
+        self._large = size > LARGE
         memory: dict[str, Any] = {"chunk_size": self._chunk, "retain_graph": self._retain}
         if self._large:
             memory = {"chunk_size": self._chunk or CHUNK, "retain_graph": bool(self._retain)}
@@ -228,18 +233,39 @@ class EdgeMonitor:
         parameters = list(self._objective.layout.chosen.values())
         optimizer: Any = self.optimizer
         if type(optimizer) is SAM and len(optimizer.param_groups) == 1 and optimizer.param_groups[0]["every"] > 1:
-            return cached_law(optimizer)
-        return edge_law(optimizer, parameters)
+            law = cached_law(optimizer)
+        else:
+            law = edge_law(optimizer, parameters)
+        return law if law.reason else replace(law, reason=self._unseen())
+
+    def _unseen(self) -> str:
+        """What the optimizer steps by and measuring does not see, in words; empty if there is nothing."""
+        moved = [p for group in self.optimizer.param_groups for p in group["params"] if p.requires_grad]
+        own = {id(p) for p in self.model.parameters()}
+        if foreign := sum(id(p) not in own for p in moved):
+            return (
+                f"the optimizer also moves {foreign} parameters that are not the model's, of the loss say; put both "
+                "into one module"
+            )
+        if any(p._backward_hooks for p in moved):
+            return "parameters carry hooks that change their gradients, which measuring does not see"
+        return ""
 
     def _uphill(self, hessian: Any) -> tuple[Tensor, float]:
-        """The gradient at SAM's perturbed point, and ‖g‖ of all that SAM perturbs."""
+        """The gradient that the base will step with, at SAM's perturbed point, and ‖g‖ of all that SAM perturbs."""
         whole, w, gradient = self._whole, hessian.params, hessian.gradient
         if whole is not self._objective:
             w = whole.layout.join()
             gradient = self._gradient(whole, w)
         home = {id(p): group for group in self.optimizer.param_groups for p in group["params"]}
         moved = [(whole.slices[n], home[id(p)]) for n, p in whole.layout.chosen.items() if id(p) in home]
-        descent = self._gradient(whole, uphill(w, gradient, moved))
+        optimizer, way = self.optimizer, gradient
+        assert isinstance(optimizer, SAM)
+        if not optimizer.needs_gradient:  # it will move along a direction from before
+            ways = (optimizer.state.get(p, {}).get(DIRECTION) for p in whole.layout.chosen.values())
+            parts = zip(ways, whole.slices.values(), strict=True)
+            way = torch.cat([torch.zeros_like(w[s]) if d is None else d.reshape(-1).to(w) for d, s in parts])
+        descent = self._gradient(whole, uphill(w, way, moved))
         length = float(torch.stack([norm(gradient[s]) for s, _ in moved]).norm())
         if whole is not self._objective:
             descent = torch.cat([descent[whole.slices[n]] for n in self._objective.layout.chosen])

@@ -2,15 +2,31 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any, Protocol, TypeVar, cast
 
 import numpy as np
 import torch
 from torch import Tensor
 
-__all__ = ["Operator", "SymmetricOperator", "as_operator"]
+__all__ = ["Operator", "SymmetricOperator", "as_operator", "on_the_host"]
+
+Function = TypeVar("Function", bound=Callable[..., Any])
+
+
+def on_the_host(function: Function) -> Function:
+    """For functions whose small arrays live on the CPU: whatever the caller's default device is."""
+
+    @functools.wraps(function)
+    def called(*args: Any, **kwargs: Any) -> Any:
+        if torch.get_default_device().type == "cpu":
+            return function(*args, **kwargs)
+        with torch.device("cpu"):
+            return function(*args, **kwargs)
+
+    return cast(Function, called)
 
 
 class SymmetricOperator(Protocol):

@@ -9,9 +9,21 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from .cumulants import Sharpness, check_number, determinant, frobenius, integral, sharpness_weights, signs, trace
+from .cumulants import (
+    Sharpness,
+    check_number,
+    determinant,
+    frobenius,
+    integral,
+    sharpness_weights,
+    signs,
+    trace,
+    universal_gradient,
+    universal_step,
+)
+from .optim.safeguards import Accumulation, check_base
 
-__all__ = ["UniversalSAM"]
+__all__ = ["UniversalSAM", "determinant", "frobenius", "integral", "trace", "universal_gradient", "universal_step"]
 
 Directions = Literal["normal"] | tuple[str, float]
 
@@ -82,6 +94,7 @@ class UniversalSAM(torch.optim.Optimizer):
         self.generator = torch.Generator("cpu").manual_seed(seed)
         super().__init__(params, {"rho": rho, "strength": strength})
         self.base_optimizer = base_optimizer(self.param_groups, **kwargs)
+        check_base(self.base_optimizer)
         if clash := {"rho", "strength"} & self.base_optimizer.defaults.keys():
             raise ValueError(f"{base_optimizer.__name__} has a setting {clash.pop()!r} of its own: use another base")
         self.defaults = {**self.base_optimizer.defaults, "rho": rho, "strength": strength}
@@ -92,6 +105,7 @@ class UniversalSAM(torch.optim.Optimizer):
         """Closure calls, that is gradients, in a step."""
         return 1 + self.samples * len(signs(self.paired)) if any(g["strength"] for g in self.param_groups) else 1
 
+    @torch.inference_mode(False)
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
         """One step.
@@ -104,6 +118,7 @@ class UniversalSAM(torch.optim.Optimizer):
 
         Raises:
             TypeError: without a closure, or if it does not return the loss.
+            RuntimeError: if the closure adds to gradients from before.
             ValueError: if perturbed groups differ in ``rho``.
             FloatingPointError: if a loss change is not finite; the weights are those before the step.
         """
@@ -113,9 +128,17 @@ class UniversalSAM(torch.optim.Optimizer):
                 "loss.backward() and returns the loss. Call optimizer.step(closure)."
             )
         evaluate = torch.enable_grad()(closure)
-        loss = evaluate()
+        samples = any(g["strength"] for g in self.param_groups)
+        watch = Accumulation(p for g in self.param_groups for p in g["params"]) if samples else None
+        try:
+            loss = evaluate()
+        except BaseException:
+            if watch:
+                watch.stop()
+            raise
         self.steps += 1
-        if any(g["strength"] for g in self.param_groups):
+        if watch:
+            watch.close()
             self._replace_gradients(evaluate, _number(loss))
         self.base_optimizer.step()
         return loss
@@ -132,7 +155,7 @@ class UniversalSAM(torch.optim.Optimizer):
         around = self._sample(evaluate, list(moved), rho)
         for p in every:
             p.grad = plain.get(p)
-        changes = torch.tensor([value - loss for value, _ in around], dtype=torch.float64) / rho**2
+        changes = torch.tensor([value - loss for value, _ in around], dtype=torch.float64, device="cpu") / rho**2
         # A group that maximizes descends −ℓ: its loss changes and gradients have the other sign.
         weights = {sign: sharpness_weights(self.sharpness, sign * changes) for sign in (1, -1)}
         if not bool(changes.isfinite().all() and weights[1].isfinite().all()):
@@ -158,6 +181,8 @@ class UniversalSAM(torch.optim.Optimizer):
                     for p, original, x in zip(moved, originals, directions, strict=True):
                         p.copy_(original).add_(x, alpha=sign * rho)
                     torch.clear_autocast_cache()  # it may hold casts of the weights before they moved
+                    for p in moved:  # a closure that does not zero would add to it
+                        p.grad = None
                     loss += share * _number(evaluate())
                     for p, gradient in zip(moved, gradients, strict=True):
                         if p.grad is not None:

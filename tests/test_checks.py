@@ -409,3 +409,87 @@ def test_single_precision_is_no_reason_to_refuse(seed, count, size, exponent):
         pairs = [Objective(model, loss, x, y, chunk_size=n).value_and_gradient(params) for n in (size, None)]
         for ours, theirs in zip(*pairs, strict=True):
             torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-5 * float(theirs.abs().max()))
+
+
+def small(width=5):
+    torch.manual_seed(1)
+    return nn.Sequential(nn.Linear(width, 6), nn.Tanh(), nn.Linear(6, 4)).double()
+
+
+def numbers(*shape):
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+
+
+def refused(match, *arguments, **settings):
+    with pytest.raises(ValueError, match=match):
+        Objective(*arguments, **settings)
+
+
+def test_a_mean_over_the_classes_that_are_there_is_no_mean_of_chunks():
+    """Each chunk holds one class: any two of them add up, all of them do not."""
+    x, y = numbers(24, 5), torch.arange(4).repeat_interleave(torch.tensor([12, 6, 3, 3]))
+
+    def loss(outputs, labels):
+        return F.cross_entropy(outputs, labels, weight=1 / torch.bincount(labels, minlength=4).clamp(min=1).double())
+
+    refused("do not determine", small(), loss, x, y, chunk_size=6)
+    refused("do not determine", small(), loss, list(zip(x.split(6), y.split(6), strict=True)))
+    Objective(small(), loss, x, y)  # in one piece it is right
+
+
+class TimeFirst(nn.Module):
+    """Outputs (time, batch, classes)."""
+
+    def __init__(self):
+        super().__init__()
+        torch.manual_seed(1)
+        self.recurrent, self.head = nn.RNN(5, 6), nn.Linear(6, 4)
+
+    def forward(self, x):
+        return self.head(self.recurrent(x.transpose(0, 1))[0])
+
+
+def test_outputs_with_the_time_first_are_looked_at_across_chunks():
+    x = numbers(24, 3, 5)
+    sorted_by_class = (torch.arange(24) // 8)[:, None].expand(24, 3).contiguous()
+    sorted_by_length = torch.randint(0, 4, (24, 3), generator=torch.Generator().manual_seed(0))
+    sorted_by_length[:8, 1:] = -100
+    weights = torch.tensor([1.0, 5.0, 0.2, 2.0], dtype=torch.float64)
+    model = TimeFirst().double()
+
+    def weighted(outputs, targets):
+        return F.cross_entropy(outputs.flatten(0, 1), targets.T.flatten(), weight=weights)
+
+    def ignoring(outputs, targets):
+        return F.cross_entropy(outputs.flatten(0, 1), targets.T.flatten())
+
+    refused("do not determine", model, weighted, x, sorted_by_class, chunk_size=8)
+    refused("do not determine", model, ignoring, x, sorted_by_length, chunk_size=8)
+    plain = torch.randint(0, 4, (24, 3), generator=torch.Generator().manual_seed(0))
+    whole, chunked = (Objective(model, ignoring, x, plain, chunk_size=size) for size in (None, 7))
+    w = flatten_parameters(model)
+    torch.testing.assert_close(chunked.gradient(w), whole.gradient(w))
+
+
+def test_a_last_layer_of_zeros_hides_nothing():
+    x, y = numbers(24, 5), torch.randint(0, 4, (24,), generator=torch.Generator().manual_seed(0))
+    draws = np.random.default_rng(0)
+    noise = Function(lambda self, x: x + torch.as_tensor(draws.normal(size=x.shape)))
+    for layer, settings_, match in (
+        (nn.BatchNorm1d(6, track_running_stats=False), {"chunk_size": 8}, "batch statistics"),
+        (noise, {}, "two values at the same w"),
+    ):
+        model = nn.Sequential(nn.Linear(5, 6), layer, nn.Tanh(), nn.Linear(6, 4)).double().eval()
+        nn.init.zeros_(model[3].weight)
+        refused(match, model, F.cross_entropy, x, y, **settings_)
+
+
+def test_what_writes_into_its_parameters_or_has_other_gradients_is_refused():
+    words, y = (torch.randint(0, n, (24,), generator=torch.Generator().manual_seed(0)) for n in (6, 4))
+    for options, match in (
+        ({"max_norm": 0.5}, "writes into the parameters 0.weight"),
+        ({"scale_grad_by_freq": True}, "scale_grad_by_freq"),
+        ({"sparse": True}, "sparse=False"),
+    ):
+        model = nn.Sequential(nn.Embedding(6, 5, **options), nn.Linear(5, 4)).double()
+        refused(match, model, F.cross_entropy, words, y)

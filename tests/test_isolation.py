@@ -5,6 +5,7 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.nn.utils import parametrize
 
 from samlib import HessianOperator, Objective, top_eigenpairs
 from samlib.objective import flatten_parameters
@@ -16,9 +17,10 @@ class Net(nn.Module):
         super().__init__()
         self.encoder = nn.TransformerEncoder(nn.TransformerEncoderLayer(4, 2, 8, batch_first=True), 2)
         self.head = nn.Linear(4, 2)
+        self.last = parametrize.register_parametrization(nn.Linear(2, 2), "weight", nn.Tanh())
 
     def forward(self, x, mask):
-        return self.head(self.encoder(x, src_key_padding_mask=mask).mean(1))
+        return self.last(self.head(self.encoder(x, src_key_padding_mask=mask).mean(1)))
 
 
 class DefaultDtype:
@@ -30,6 +32,8 @@ class DefaultDtype:
 
 
 CONTEXTS = {
+    "default device": lambda: torch.device("meta"),
+    "cached parametrizations": parametrize.cached,
     "autocast": lambda: torch.autocast("cpu", dtype=torch.bfloat16),
     "no_grad": torch.no_grad,
     "inference_mode": torch.inference_mode,
@@ -50,7 +54,7 @@ def results(model, inputs, targets, **settings):
     objective = Objective(model, F.cross_entropy, inputs, targets, **settings)
     params = flatten_parameters(model)
     operator = HessianOperator(objective, params)
-    vector = torch.linspace(-1, 1, objective.size, dtype=torch.float32)
+    vector = torch.linspace(-1, 1, objective.size, dtype=torch.float32, device="cpu")
     return [
         objective.value(params),
         *objective.value_and_gradient(params),
@@ -91,6 +95,8 @@ def test_contexts_are_as_before(name):
             torch.is_inference_mode_enabled(),
             torch.is_autocast_enabled("cpu"),
             torch.get_default_dtype(),
+            torch.get_default_device(),
+            parametrize._cache_enabled,
             torch.backends.mha.get_fastpath_enabled(),
             torch.backends.cuda.flash_sdp_enabled(),
             torch.backends.cuda.math_sdp_enabled(),

@@ -17,6 +17,7 @@ from torch.nn.functional import cross_entropy, mse_loss
 from torch.utils.data import DataLoader, TensorDataset
 
 from samlib import SAM, EdgeMonitor, edge_law, sam_edge
+from samlib.edges_cached import previous_gradient_edge
 from samlib.eigen import extreme_eigenpairs
 from samlib.experiments.task import Task
 from samlib.lanczos import lanczos_ends
@@ -564,6 +565,81 @@ def test_lanczos_says_what_it_cannot_do():
     with pytest.raises(ValueError, match="basis must be at least"):
         lanczos_ends(matrix, 3, basis=5)
     with pytest.raises(ValueError, match="high must lie between"):
-        lanczos_ends(matrix, 30)
+        lanczos_ends(matrix, 31)
     with pytest.raises(FloatingPointError, match="not finite"):
         lanczos_ends(matrix * math.nan)
+
+
+class Tempered(nn.Module):
+    """A loss with a parameter of its own."""
+
+    def __init__(self):
+        super().__init__()
+        self.scale = nn.Parameter(torch.tensor(2.0, dtype=torch.float64))
+
+    def forward(self, outputs, targets):
+        return mse_loss(outputs * self.scale.exp(), targets)
+
+
+def test_what_the_optimizer_steps_by_and_measuring_does_not_see_is_said():
+    data = small_data()
+    model, loss = mlp(), Tempered()
+    row = EdgeMonitor(model, loss, data, SAM([*model.parameters(), *loss.parameters()], lr=0.1)).measure()
+    assert row["edge"] is None
+    assert "moves 1 parameters that are not the model's" in row.reason
+    model = mlp()
+    monitor = EdgeMonitor(model, mse_loss, data, SAM(model.parameters(), lr=0.1))
+    assert monitor.measure()["edge"] is not None
+    handle = model[0].weight.register_hook(lambda g: 0 * g)
+    assert "hooks that change their gradients" in monitor.measure().reason
+    handle.remove()
+    assert monitor.measure().reason == ""
+
+
+@pytest.mark.parametrize(("every", "beta"), [(1000, 0.0), (3, 1.0), (3, 0.5)])
+def test_between_true_gradients_the_row_is_of_the_direction_that_is_held(every, beta):
+    x, y = small_data()
+    model = mlp()
+    optimizer = SAM(model.parameters(), SGD, rho=0.5, lr=0.1, every=every, beta=beta)
+
+    def closure():
+        optimizer.zero_grad()
+        loss = mse_loss(model(x), y)
+        loss.backward()
+        return loss
+
+    optimizer.step(closure)
+    row = EdgeMonitor(model, mse_loss, (x, y), optimizer).measure()
+    optimizer.step(closure)
+    descent = torch.cat([p.grad.reshape(-1) for p in model.parameters()])
+    assert row["sam_grad_norm"] == pytest.approx(float(descent.norm()), rel=1e-10)
+    if beta == 0:
+        assert row["edge"] == pytest.approx(previous_gradient_edge(float(descent.norm()), 0.1, 0.5), rel=1e-10)
+
+
+@pytest.mark.parametrize("basis", [None, 5])
+def test_as_few_parameters_as_there_are(basis):
+    """ℓ = mean (2a + b − 2)² at x = 2: the Hessian is 2 (2, 1)ᵀ(2, 1)."""
+    x = torch.full((3, 1), 2.0, dtype=torch.float64)
+    for bias, parameters, count, values in (
+        (False, None, 1, [8.0]),
+        (True, ["bias"], 1, [2.0]),
+        (True, None, 2, [10.0, 0.0]),
+    ):
+        model = nn.Linear(1, 1, bias=bias).double()
+        options = {"parameters": parameters, "eigenvalues": count, "max_basis": basis}
+        row = EdgeMonitor(model, mse_loss, (x, x), SGD(model.parameters(), lr=0.1), **options).measure()
+        assert [row[f"eigenvalue_{i + 1}"] for i in range(count)] == pytest.approx(values, abs=1e-9)
+        with pytest.raises(ValueError, match=f"eigenvalues must be at most the {count} parameters"):
+            EdgeMonitor(
+                *(model, mse_loss, (x, x), SGD(model.parameters(), lr=0.1)),
+                **{**options, "eigenvalues": count + 1, "max_basis": None},
+            )
+
+
+def test_lanczos_says_that_an_operator_is_not_symmetric():
+    skewed = numbers(40, 40)
+    symmetric = skewed + skewed.T
+    assert lanczos_ends(symmetric, tol=1e-3).converged
+    with pytest.warns(RuntimeWarning, match="not symmetric: its products differ"):
+        assert not lanczos_ends(symmetric + 0.1 * (skewed - skewed.T), tol=1e-3).converged

@@ -83,3 +83,8 @@ def test_sums_are_rounded_once(dtype, tensor):
     torch.testing.assert_close(p, expected, rtol=2 * torch.finfo(dtype).eps, atol=1e-7)
     if dtype in HALF:
         assert (p == expected).float().mean() > 0.99
+
+
+def test_norms_whose_squares_leave_float64():
+    for size in (1e200, 1e-200):
+        assert float(total_norm([torch.full((4,), size, dtype=torch.float64)])) == pytest.approx(2 * size, rel=1e-12)

@@ -1,5 +1,6 @@
 """The optimizer: against its pure twin, and in the hands of people with models of their own."""
 
+import contextlib
 import copy
 import io
 import math
@@ -219,6 +220,7 @@ def test_weights_return_bit_for_bit_even_if_the_closure_fails():
     def failing():
         if optimizer.perturbed:
             raise RuntimeError("out of memory")
+        optimizer.zero_grad()
         loss = model(torch.ones(1, 3, dtype=torch.float64)).sum()
         loss.backward()
         return loss
@@ -416,3 +418,57 @@ def test_closures_that_do_not_say_the_loss(returned):
     with pytest.raises(TypeError, match="the closure must return the loss as a number"):
         optimizer.step(closure)
     assert torch.equal(p, before)
+
+
+@pytest.mark.parametrize("paired", [True, False])
+def test_a_closure_that_does_not_zero_is_right_or_refused(paired):
+    """Gradients from before the step are noticed, those of the step's other evaluations are kept apart."""
+
+    def stepped(zeroes, before=False):
+        model = network()
+        optimizer = UniversalSAM(model.parameters(), rho=0.1, lr=0.1, paired=paired, samples=3)
+        x = torch.linspace(-1, 1, 24, dtype=torch.float64).view(8, 3)
+
+        def closure():
+            if zeroes:
+                optimizer.zero_grad()
+            loss = model(x).square().mean()
+            loss.backward()
+            return loss
+
+        if before:
+            closure()
+        optimizer.step(closure)
+        return flat(model)
+
+    assert torch.equal(stepped(False), stepped(True))
+    assert torch.equal(stepped(True, before=True), stepped(True))
+    with pytest.raises(RuntimeError, match="added to gradients from before"):
+        stepped(False, before=True)
+
+
+def test_a_base_that_evaluates_the_closure_itself_is_refused():
+    with pytest.raises(ValueError, match="LBFGS evaluates a closure itself"):
+        UniversalSAM(network().parameters(), torch.optim.LBFGS)
+
+
+def test_the_callers_inference_mode_and_default_device_do_not_matter():
+    x = torch.ones(2, 3, dtype=torch.float64)
+
+    def stepped(*contexts):
+        model = network()
+        optimizer = UniversalSAM(model.parameters(), lr=0.1)
+
+        def closure():
+            optimizer.zero_grad()
+            loss = model(x).square().mean()
+            loss.backward()
+            return loss
+
+        with contextlib.ExitStack() as stack:
+            for context in contexts:
+                stack.enter_context(context)
+            optimizer.step(closure)
+        return flat(model)
+
+    assert torch.equal(stepped(torch.inference_mode(), torch.device("meta")), stepped())

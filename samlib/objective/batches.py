@@ -60,6 +60,8 @@ class Chunks:
     def __init__(
         self, inputs: Any, targets: Any, chunk_size: int | None, dtype: torch.dtype, device: torch.device
     ) -> None:
+        if chunk_size is not None and not isinstance(chunk_size, int):
+            raise TypeError(f"chunk_size must be a whole number, got {chunk_size!r}")
         if chunk_size is not None and chunk_size < 1:
             raise ValueError(f"chunk_size must be at least 1, got {chunk_size}")
         self.streamed = targets is None
@@ -93,7 +95,7 @@ class Chunks:
             shown = " and ".join(", ".join(map(str, sorted(some))) or "none" for some in lengths)
             raise ValueError(
                 "inputs and targets are tensors with the examples first: need as many targets as inputs and at least "
-                f"one, got {shown}"
+                f"one, got {shown}; lists of numbers must be tensors or arrays, and a Dataset needs a DataLoader"
             )
         return Chunk(inputs, targets, lengths[0].pop())
 

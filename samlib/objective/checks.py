@@ -29,6 +29,8 @@ NO_FUNCTION = "so the loss is not a function of the parameters"
 def examine(objective: Objective) -> list[float] | None:
     """Look once, at the module's own parameters, whether the loss is a function of them that adds up over chunks.
 
+    Parameters that are all zero, as of a new last layer, are moved a little: they would hide what comes before them.
+
     It costs at most two evaluations of the loss: one of all chunks, and one more of the first chunk, in two parts
     where there are several. Module, examples and PyTorch's random state are left as they were.
 
@@ -40,15 +42,17 @@ def examine(objective: Objective) -> list[float] | None:
 
             * the loss is not a finite scalar, or does not depend on the parameters;
             * the forward pass draws random numbers, or gives two values at the same w;
-            * it moves buffers (running statistics), or writes into its inputs;
+            * it moves buffers (running statistics), or writes into its inputs or parameters;
+            * an embedding's gradient is sparse, or is none of the loss (``scale_grad_by_freq``);
             * autograd does not see how the loss depends on a parameter: weights held in a plain list or a closure,
               reentrant activation checkpointing, ``detach`` and ``no_grad``;
             * examples of one chunk influence each other (batch statistics), or the losses of chunks do not determine
               the loss of all examples;
             * the batches are not the same on each pass.
     """
+    _refuse_gradients_of_embeddings(objective.model)
     with isolated(objective.layout.device, keep_random_state=True):
-        params = objective.layout.join()
+        params = _beside(objective)
         chunks = iter(objective.data)
         first = next(chunks)
         trace = _trace(objective, params, first)
@@ -63,7 +67,7 @@ def examine(objective: Objective) -> list[float] | None:
         objective.data.total = sum(reduction.examples)
         ordered = not objective.data.streamed or _same_data(objective, prints)
         _look_again(objective, params, trace, first, second if reduction.joinable else None)
-        shares = reduction.shares(lambda combine: _in_parts(objective, params, reduction.losses, combine))
+        shares = reduction.shares(lambda combine: _in_parts(objective, params, reduction, combine))
         if shares and not ordered:
             raise ValueError(f"the batches come in another order on each pass, but weigh differently; {SAME_DATA}")
         weights = shares or reduction.examples
@@ -71,6 +75,26 @@ def examine(objective: Objective) -> list[float] | None:
         if not all(loss.isfinite() for loss in losses) or not losses:
             raise ValueError(f"the loss must be finite, but is {float(sum(losses))} at the module's own parameters")
         return shares
+
+
+def _beside(objective: Objective) -> Tensor:
+    """The module's own parameters (P,); those that are zero throughout, other than that."""
+    params = objective.layout.join()
+    for part in (params[s] for s in objective.slices.values()):
+        if not part.any():
+            part += 0.01 * torch.arange(1, len(part) + 1, device=part.device).cos()
+    return params
+
+
+def _refuse_gradients_of_embeddings(model: nn.Module) -> None:
+    for module in model.modules():
+        name = describe(model, module).partition(" is in ")[0]
+        if getattr(module, "scale_grad_by_freq", False):
+            raise ValueError(
+                f"{name} has scale_grad_by_freq=True, with which autograd gives no gradient of the loss; leave it out"
+            )
+        if isinstance(module, nn.Embedding | nn.EmbeddingBag) and module.sparse:
+            raise ValueError(f"{name} has sparse gradients, which cannot be differentiated again; set sparse=False")
 
 
 class _Trace(NamedTuple):
@@ -83,8 +107,9 @@ class _Trace(NamedTuple):
 def _trace(objective: Objective, params: Tensor, chunk: Chunk) -> _Trace:
     """Evaluate on leaves, buffers and inputs of its own: what does the loss depend on, and what does it move?"""
     model, layout = objective.model, objective.layout
-    leaves = {name: p.detach().clone().requires_grad_() for name, p in layout.chosen.items()}
-    others = {name: p.detach() for name, p in layout.constants.items()}
+    parts = {name: p.detach() for name, p in layout.split(params).items()}
+    leaves = {name: p.clone().requires_grad_() for name, p in parts.items() if name in layout.chosen}
+    others = {name: p for name, p in parts.items() if name not in leaves}
     before = {name: b.clone() for name, b in model.named_buffers()}
     inputs = pytree.tree_map(lambda t: t.clone() if isinstance(t, Tensor) else t, chunk.inputs)
 
@@ -108,6 +133,11 @@ def _trace(objective: Objective, params: Tensor, chunk: Chunk) -> _Trace:
         )
     if any(isinstance(t, Tensor) and t._version for t in pytree.tree_leaves(inputs)):
         raise ValueError("the forward pass writes into its inputs; let the first operation not be one in place")
+    if written := [name for name, t in leaves.items() if not _equal(t.detach(), parts[name])]:
+        raise ValueError(
+            f"the forward pass writes into the parameters {_some(written)} (max_norm, .data?), {NO_FUNCTION}; do that "
+            "after each step of the optimizer instead"
+        )
     _check_scalar(loss)
     hidden = _hidden(model, outputs, loss, leaves)
     detached = pytree.tree_map(lambda t: t.detach() if isinstance(t, Tensor) else t, outputs)
@@ -162,7 +192,7 @@ def _look_again(
     def same(w: Tensor, parts: list[Chunk], targets: Any, outputs: Any, expected: Tensor) -> bool:
         again = [objective.forward(w, p.inputs) for p in parts]
         together = concatenate(again, [p.size for p in parts]) if len(parts) > 1 else again[0]
-        loss = objective.within(w, lambda: objective.loss(together, targets))
+        loss = objective.within(w, lambda: objective.loss(together, targets)).detach()
         return _close(loss, expected) and (
             bool(trace.hidden) or _close(together, outputs)
         )  # others may depend on those
@@ -212,20 +242,42 @@ def _halves(chunk: Chunk) -> list[Chunk]:
     return [chunk.part(0, middle), chunk.part(middle, chunk.size)]
 
 
-def _in_parts(objective: Objective, params: Tensor, losses: list[Tensor], combine: Combine) -> bool:
-    """Whether each chunk's loss combines the losses of its halves: the second look where outputs cannot be joined."""
+def _in_parts(objective: Objective, params: Tensor, reduction: Reduction, combine: Combine) -> bool:
+    """Whether the chunks' losses combine to what those of other chunks do, across their borders where inputs can be
+    joined, else of halves: the second look where outputs cannot be joined."""
     if max(chunk.size for chunk in objective.data) == 1:
         raise ValueError(
             "outputs that do not hold a row for each example need larger chunks (chunk_size) to be checked"
         )
-    for chunk, loss in zip(objective.data, losses, strict=True):
-        if chunk.size == 1:  # nothing to see
-            continue
-        halves = _halves(chunk)
-        parts = [objective.chunk_loss(params, half) for half in halves]
-        if not _close(combine(parts, [h.size for h in halves]), loss):
-            return False
-    return True
+    losses, sizes = [], []
+
+    def look(part: Chunk) -> None:
+        losses.append(objective.chunk_loss(params, part).detach())
+        sizes.append(part.size)
+
+    rest: Chunk | None = None
+    for chunk in objective.data:
+        *heads, tail = _halves(chunk) if chunk.size > 1 else [chunk]
+        for head in heads:
+            for part in _joined(rest, head) if rest else [head]:
+                look(part)
+            rest = None
+        if rest:
+            look(rest)
+        rest = tail
+    assert rest is not None
+    look(rest)
+    return _close(combine(losses, sizes), combine(reduction.losses, reduction.examples))
+
+
+def _joined(*chunks: Chunk) -> list[Chunk]:
+    """Chunks in one, or as they are where shapes differ."""
+    sizes = [chunk.size for chunk in chunks]
+    try:
+        inputs, targets = (concatenate([chunk[i] for chunk in chunks], sizes) for i in (0, 1))
+    except ValueError:
+        return list(chunks)
+    return [Chunk(inputs, targets, sum(sizes))]
 
 
 def _same_data(objective: Objective, prints: list[list[float]]) -> bool:

@@ -11,13 +11,15 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.nn.utils import parametrize
 
 __all__ = ["isolated", "leaf", "undisturbed"]
 
 
 @contextmanager
 def isolated(device: torch.device, keep_random_state: bool = False) -> Iterator[None]:
-    """The caller's autocast, ``no_grad`` and ``inference_mode`` stay outside of this context.
+    """The caller's autocast, ``no_grad``, ``inference_mode``, default device and cache of parametrizations stay outside
+    of this context.
 
     Attention is computed by its definition: the fused kernels have no second derivative.
 
@@ -31,6 +33,10 @@ def isolated(device: torch.device, keep_random_state: bool = False) -> Iterator[
         for kind in {"cpu", device.type}:
             if torch.is_autocast_enabled(kind):
                 stack.enter_context(torch.autocast(kind, enabled=False))
+        if torch.get_default_device().type != device.type:
+            stack.enter_context(device)
+        stack.callback(vars(parametrize).update, _cache_enabled=parametrize._cache_enabled, _cache=parametrize._cache)
+        parametrize._cache_enabled, parametrize._cache = 0, {}
         stack.enter_context(sdpa_kernel(SDPBackend.MATH))
         stack.callback(torch.backends.mha.set_fastpath_enabled, torch.backends.mha.get_fastpath_enabled())
         torch.backends.mha.set_fastpath_enabled(False)

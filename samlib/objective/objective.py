@@ -6,7 +6,8 @@ import codecs
 import copy
 import locale
 import sys
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any, TypeVar
 
 import torch
@@ -16,7 +17,7 @@ from ..layers import plain
 from .batches import Chunk, Chunks, apply, arguments
 from .checks import examine
 from .isolation import isolated, leaf
-from .parameters import PRECISE, Layout, flatten_parameters
+from .parameters import Layout, flatten_parameters
 
 __all__ = ["Kernel", "Objective", "compiled_kernel", "flatten_parameters", "pure_loss"]
 
@@ -28,7 +29,8 @@ T = TypeVar("T")
 class Objective:
     """ℓ(w): the loss of a module over a fixed set of examples, as a pure function of its trainable parameters w, (P,).
 
-    Value, gradient and Hessian–vector products are exact; examples are processed in chunks, whose mean losses are
+    Value, gradient and Hessian–vector products are exact, in the modes (training or evaluation) that the modules have
+    at construction; examples are processed in chunks, whose mean losses are
     added with their share of the examples, so that the activations of one chunk bound the memory. They do not depend
     on what surrounds the call (autocast, ``no_grad``, ``inference_mode``), and attention takes its mathematical form,
     the only one with a second derivative.
@@ -77,13 +79,16 @@ class Objective:
         check: bool = True,
     ) -> None:
         self.model = getattr(model, "_orig_mod", model)  # compiled modules have no second derivative
+        if not isinstance(self.model, nn.Module):
+            raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}")
         self.loss, self.kernel = loss, kernel
         self.layout = Layout(self.model, parameters)
         self.size, self.slices = self.layout.size, self.layout.slices
-        with torch.inference_mode(False):
+        with isolated(self.layout.device):
             self.data = Chunks(inputs, targets, chunk_size, self.layout.dtype, self.layout.device)
         self.retain_graph = not self.data.streamed if retain_graph is None else retain_graph
         self._carrier = _Carrier(self.model)
+        self._modes = [(module, module.training) for module in self.model.modules()]
         self._shares: list[float] | None = None
         self.unseen = check  # whether the second derivative has yet to be looked at
         if check:
@@ -112,23 +117,71 @@ class Objective:
         """Examples per chunk."""
         return self.data.chunk_size or (None if self.data.streamed else self.data.total)
 
-    def within(self, params: Tensor, function: Callable[[], T]) -> T:
+    def within(self, params: Tensor, function: Callable[[], T], fixed: Mapping[str, Tensor] | None = None) -> T:
         """What a function returns while the module's parameters are w (P,), isolated from the caller's context.
 
         All that computes with the loss runs in here, derivatives too: activation checkpointing evaluates modules
         again during a backward pass.
+
+        Args:
+            params: w, shape (P,).
+            function: what is computed.
+            fixed: values of other parameters and buffers, by name, where they are not to be those of the module.
         """
-        if params.shape != (self.size,) or params.dtype not in PRECISE:
-            raise ValueError(
-                f"params must be a vector of {self.size} numbers in float32 or float64, got {params.dtype} of shape "
-                f"{tuple(params.shape)}; flatten_parameters(model, parameters) gives one"
-            )
+        params = self.checked(params)
         with isolated(self.layout.device, self.data.streamed):
-            return self.replacing(self.layout.split(params), function)
+            return self.replacing({**self.layout.split(params), **(fixed or {})}, function)
+
+    def checked(self, params: Tensor) -> Tensor:
+        """The parameters, if they are a vector (P,) that can be used as w.
+
+        Raises:
+            TypeError: if they are no tensor, or one of ``torch.func``.
+            ValueError: if they have another shape, or another type than the module's own.
+        """
+        gives = "flatten_parameters(model, parameters) gives one"
+        if not isinstance(params, Tensor):
+            raise TypeError(f"params must be a vector, a tensor (P,), got {type(params).__name__}; {gives}")
+        if torch._C._functorch.is_functorch_wrapped_tensor(params):
+            raise TypeError(
+                "an objective cannot be differentiated or mapped by torch.func: its values and gradients are numbers. "
+                "Use gradient, HessianOperator, or samlib.objective.pure_loss(model, loss)"
+            )
+        if params.shape != (self.size,) or params.dtype != self.layout.dtype:
+            raise ValueError(
+                f"params must be a vector of {self.size} numbers in {str(self.layout.dtype).removeprefix('torch.')} as "
+                f"the module's, got {params.dtype} of shape {tuple(params.shape)}; {gives}"
+            )
+        return params
 
     def replacing(self, tensors: dict[str, Tensor], function: Callable[[], T]) -> T:
         """What a function returns while parameters or buffers of the module are replaced."""
-        return torch.func.functional_call(self._carrier, {f"model.{n}": t for n, t in tensors.items()}, (function,))
+        with self._as_constructed():
+            return torch.func.functional_call(self._carrier, {f"model.{n}": t for n, t in tensors.items()}, (function,))
+
+    @contextmanager
+    def _as_constructed(self) -> Iterator[None]:
+        """Modules have the modes of the construction; tensors that they keep beside parameters and buffers (made of the
+        weights by a hook, or once per evaluation) are put back, or they would outlive the weights."""
+        changed = [module for module, training in self._modes if module.training != training]
+        kept = [
+            (vars(module), {n: v for n, v in vars(module).items() if v is None or isinstance(v, Tensor)})
+            for module, _ in self._modes
+            if module._forward_pre_hooks or not type(module).__module__.startswith("torch.nn.")
+        ]
+        try:
+            for module in changed:
+                module.training = not module.training
+            yield
+        finally:
+            for module in changed:
+                module.training = not module.training
+            for now, before in kept:
+                for name in [n for n, v in now.items() if isinstance(v, Tensor)]:
+                    if name in before:
+                        now[name] = before[name]
+                    else:
+                        del now[name]
 
     def forward(self, params: Tensor, inputs: Any) -> Any:
         """The model's outputs at parameters (P,)."""
@@ -160,7 +213,7 @@ class Objective:
                 yield chunk, share
 
     def value(self, params: Tensor) -> Tensor:
-        """ℓ(w), a scalar tensor."""
+        """ℓ(w), a scalar tensor without a graph."""
 
         @torch.no_grad()
         def total() -> Tensor:
@@ -169,11 +222,11 @@ class Objective:
                 value += loss
             return value
 
-        return self.within(params.detach(), total)
+        return self.within(params, total)
 
     def value_and_gradient(self, params: Tensor) -> tuple[Tensor, Tensor]:
         """ℓ(w) and ∇ℓ(w), shapes () and (P,)."""
-        w = leaf(params)
+        w = leaf(self.checked(params))
 
         def accumulate() -> tuple[Tensor, Tensor]:
             value, gradient = torch.zeros((), dtype=w.dtype, device=w.device), None

@@ -20,6 +20,9 @@ NOT_ADDITIVE = (
 )
 
 
+MOST = 1 << 24  # numbers in the outputs of all chunks that are kept, to see their loss together
+
+
 class _Rows(NamedTuple):
     """A few examples with which every chunk is compared: their loss and its gradient by the outputs, (n, …)."""
 
@@ -66,11 +69,18 @@ class Reduction:
         self._rows: _Rows | None = None
         self._compared: list[_Comparison] = []
         self._eps = self._tiny = 0.0  # of the outputs' numbers
+        self._all: list[tuple[Any, Any]] | None = []  # outputs and targets, unless they are too many
+        self._numbers = 0
 
     def add(self, outputs: Any, targets: Any, size: int) -> None:
         """Another chunk."""
         self.examples.append(size)
         self._waiting.append((outputs, targets, size))
+        self._numbers += sum(t.numel() for t in pytree.tree_leaves(outputs) if isinstance(t, Tensor))
+        if self._all is not None:
+            self._all.append((outputs, targets))
+        if self._numbers > MOST:
+            self._all = None
         while len(self.examples) > 1 and self._waiting:
             if not self.joinable:
                 outputs, targets, _ = self._waiting.pop(0)
@@ -110,15 +120,28 @@ class Reduction:
         if not all(c.additive for c in self._compared):
             raise ValueError(NOT_ADDITIVE)
         if all(self._near(c.rows, 1) and (c.chunk is None or self._near(c.chunk, 1)) for c in self._compared):
-            return [float(loss.isfinite()) for loss in self.losses]  # nothing but NaN comes of ignored targets only
+            finite = [float(loss.isfinite()) for loss in self.losses]  # nothing but NaN comes of ignored targets only
+            return self._together(finite, finite)
         if not all(c.chunk is None or self._near(c.rows + c.chunk, 1) for c in self._compared):
             raise ValueError(NOT_ADDITIVE)
         assert self._rows is not None
         found = [self._rows.size * (1 / c.rows - 1) for c in self._compared]
         if all(abs(n - size) <= 100 * self._eps * size for n, size in zip(found, self.examples, strict=True)):
-            return None
+            return self._together([n / math.fsum(self.examples) for n in self.examples], None)
         found = [0.0 if n <= 100 * self._eps * self._rows.size else n for n in found]
-        return [n / math.fsum(found) for n in found]
+        shares = [n / math.fsum(found) for n in found]
+        return self._together(shares, shares)
+
+    def _together(self, shares: list[float], result: list[float] | None) -> list[float] | None:
+        """The result, if the chunks' losses with these shares make the loss of all outputs at once."""
+        if self._all:
+            (outputs, targets), parts = zip(*self._all, strict=True), zip(shares, self.losses, strict=True)
+            with torch.no_grad():
+                whole = self.loss(concatenate(list(outputs), self.examples), concatenate(list(targets), self.examples))
+            terms = torch.stack([share * loss for share, loss in parts if share]).double()
+            if not (whole - terms.sum()).abs() <= 1000 * self._eps * terms.abs().sum():
+                raise ValueError(NOT_ADDITIVE)
+        return result
 
     def _near(self, value: float, expected: float) -> bool:
         return abs(value - expected) <= 1000 * self._eps

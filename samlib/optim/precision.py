@@ -47,7 +47,7 @@ def total_norm(tensors: Iterable[Tensor]) -> Tensor:
     tensors = list(tensors)
     norms = [norm(x) for x in tensors]
     if norms[0].device.type == "cpu" and not all(1e-15 < float(n) < math.inf for n in norms):
-        norms = [_norm_in_float64(wide(x)) for x in tensors]
+        norms = [_norm_of_any_size(wide(x)) for x in tensors]
     together = torch.stack([n.to(norms[0].device) for n in norms])
     return norms[0] if len(norms) == 1 else torch.linalg.vector_norm(together)
 
@@ -67,6 +67,14 @@ def add_scaled(p: Tensor, x: Tensor, scale: Tensor | float) -> None:
         sum_.add_(x, alpha=scale)
     if sum_ is not p:
         p.copy_(sum_)
+
+
+def _norm_of_any_size(x: Tensor) -> Tensor:
+    """As below, for entries whose squares leave float64, too."""
+    size = x.abs().max() if x.numel() else None
+    if size is None or not bool(size > 0) or not bool(size.isfinite()):
+        return _norm_in_float64(x)
+    return _norm_in_float64(x / size) * size.double()
 
 
 def _norm_in_float64(x: Tensor) -> Tensor:

@@ -21,11 +21,11 @@ OWN = ("rho", "normalize", "adaptive", "every", "beta", "age")  # SAM's names in
 def check_group(group: dict[str, Any], others: Sequence[dict[str, Any]]) -> None:
     """Raise a ValueError if a parameter group's settings are out of range, or its period is not that of the others."""
     rho, every, beta = group["rho"], group["every"], group["beta"]
-    if not 0 <= rho < math.inf:
+    if not _between(rho, 0, math.inf) or rho == math.inf:
         raise ValueError(f"rho must be a non-negative finite number, got {rho!r}")
-    if not isinstance(every, int) or every < 1:
+    if isinstance(every, bool) or not isinstance(every, int) or every < 1:
         raise ValueError(f"every must be a whole number of steps, at least 1, got {every!r}")
-    if not 0 <= beta <= 1:
+    if not _between(beta, 0, 1):
         raise ValueError(f"beta must be a number from 0 to 1, got {beta!r}")
     for name in ("normalize", "adaptive"):
         if not isinstance(group[name], bool):
@@ -37,13 +37,20 @@ def check_group(group: dict[str, Any], others: Sequence[dict[str, Any]]) -> None
         )
 
 
+def _between(value: Any, low: float, high: float) -> bool:
+    try:
+        return bool(low <= value <= high)
+    except TypeError:  # no number
+        return False
+
+
 def check_base(base: torch.optim.Optimizer) -> None:
     """Raise a ValueError for a base optimizer that evaluates the closure itself."""
     closure = inspect.signature(base.step).parameters.get("closure")
     if closure and closure.default is closure.empty:
         raise ValueError(
-            f"{type(base).__name__} evaluates a closure itself, at points of its own choice, so SAM cannot hand it one "
-            "gradient. Choose another base optimizer, SGD or Adam say."
+            f"{type(base).__name__} evaluates a closure itself, at points of its own choice, so it cannot be handed "
+            "one gradient. Choose another base optimizer, SGD or Adam say."
         )
 
 
@@ -154,5 +161,5 @@ class Accumulation:
         if any(map(bool, self._there)):
             raise RuntimeError(
                 "the backward pass added to gradients from before. Zero them first (optimizer.zero_grad() at the start "
-                "of the closure), and accumulate micro-batches inside the closure: SAM takes all of them at two points."
+                "of the closure), and accumulate micro-batches inside the closure: it is evaluated at several points."
             )

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from .directions import averaged, tempered
-from .precision import add_scaled, norm, total_norm, wide
+from .precision import add_scaled, total_norm, wide
 from .safeguards import OWN, Accumulation, check_base, check_group, rounded_away, share_groups, without_own
 from .steps import EPSILON
 
@@ -98,6 +98,11 @@ class SAM(torch.optim.Optimizer):
         beta: float = 0.99,
         **kwargs: Any,
     ) -> None:
+        if isinstance(base_optimizer, torch.optim.Optimizer):
+            raise TypeError(
+                "base_optimizer must be a class, such as torch.optim.SGD; its options follow (lr=…). Got an "
+                f"instance of {type(base_optimizer).__name__}"
+            )
         own = dict(zip(OWN, (rho, normalize, adaptive, every, beta, 0), strict=True))
         super().__init__(params, own)
         mine = self.param_groups
@@ -264,7 +269,7 @@ class SAM(torch.optim.Optimizer):
                 self._saved.append((p, p.clone()))
                 add_scaled(p, way, scale)
                 if look:
-                    moves.append((*self._saved[-1], norm(way) * abs(scale)))
+                    moves.append((*self._saved[-1], total_norm([way]) * abs(scale)))
         torch.clear_autocast_cache()  # it holds the weights as they were
         if message := rounded_away(moves):
             self._told = True
