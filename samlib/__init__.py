@@ -16,6 +16,19 @@ _HOME = {
     "adam_edge": "edges",
     "stale_edge": "edges",
     "sam_negative_range": "edges",
+    "held_edge": "edges_cached",
+    "previous_gradient_edge": "edges_cached",
+    "noise_fraction": "noise",
+    "kernel_norm": "noise",
+    "kernel_norm_bounds": "noise",
+    "sam_factor": "noise",
+    "sgd_edge_ratio": "noise",
+    "exact_kernel_norm": "mean_square",
+    "sgd_sharpness": "mean_square",
+    "ntk_blocks": "tangent",
+    "ntk_matrix": "tangent",
+    "GaussNewtonOperator": "gauss_newton",
+    "TangentKernelOperator": "gauss_newton",
     "EdgeLaw": "laws",
     "edge_law": "laws",
     "stability_limit": "stability",
@@ -84,16 +97,21 @@ if TYPE_CHECKING:
         stale_edge,
         usam_edge,
     )
+    from .edges_cached import held_edge, previous_gradient_edge
     from .eigen import EigenResult, power_iteration, top_eigenpairs
+    from .gauss_newton import GaussNewtonOperator, TangentKernelOperator
     from .hessian import HessianOperator
     from .laws import EdgeLaw, edge_law
+    from .mean_square import exact_kernel_norm, sgd_sharpness
     from .models import CNN, MLP, Transformer
     from .monitor import EdgeMonitor
+    from .noise import kernel_norm, kernel_norm_bounds, noise_fraction, sam_factor, sgd_edge_ratio
     from .objective import Objective
     from .optim import SAM, frozen_batch_statistics, gd_step, sam_step
     from .runs import Run, RunStore, published_runs
     from .spectrum import SpectralSums, curvature_measures, hutchinson_trace, spectral_density, spectral_sums
     from .stability import effective_curvature, growth_factor, spectral_radius, stability_limit, two_cycle_radius
+    from .tangent import ntk_blocks, ntk_matrix
     from .training import train, train_grid
     from .universal import UniversalSAM
 

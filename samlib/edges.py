@@ -20,6 +20,7 @@ from typing import Any
 import numpy as np
 
 from .broadcast import Real, array, arrays, check, namespace, result
+from .elsewhere import elsewhere
 from .stability import Decay, check_decay, stability_limit
 
 __all__ = [
@@ -32,6 +33,8 @@ __all__ = [
     "stale_edge",
     "usam_edge",
 ]
+
+__getattr__ = elsewhere(__name__, dict.fromkeys(("held_edge", "previous_gradient_edge"), "edges_cached"))
 
 
 def gd_edge(learning_rate: Real) -> Real:
@@ -297,10 +300,13 @@ def frobenius_noise_kernel(eigenvalues: Real, learning_rate: float, strength: fl
     """
     check("learning_rate", learning_rate, positive=True)
     check("strength", strength)
-    if samples < 2:
-        raise ValueError(f"samples must be at least 2, got {samples!r}")
+    if not samples >= 2 or samples != int(samples):
+        raise ValueError(f"samples must be a whole number, at least 2, got {samples!r}")
     lam = np.asarray(eigenvalues, dtype=np.float64).ravel()
-    lam = lam[lam != 0]
+    if not np.isfinite(lam).all():
+        raise ValueError(f"eigenvalues must be finite, got {lam.tolist()}")
+    size = np.abs(lam)
+    lam = lam[size > len(lam) * np.finfo(np.float64).eps * size.max(initial=0.0)]  # zero but for rounding
     v = (learning_rate * strength * lam) ** 2 / (samples - 1)
     a = (1 - learning_rate * lam * (1 + strength * lam)) ** 2 + v * lam**2
     return float((lam**2 * v / (1 - a)).sum()) if bool((a < 1).all()) else float("inf")

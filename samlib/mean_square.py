@@ -96,7 +96,7 @@ class SgdSharpness(NamedTuple):
     applies: bool
 
 
-def sgd_sharpness(theta: Tensor, fraction: float, outputs: int = 1, tol: float = 1e-4) -> SgdSharpness:
+def sgd_sharpness(theta: Tensor, fraction: float, outputs: int = 1, tol: float = 1e-5) -> SgdSharpness:
     """The batch-aware sharpness λ_gen: SGD on a linear model is stable in mean square if and only if ηλ_gen < 2.
 
     The largest λ with D(S) = λ C(S) for a symmetric S ≠ 0, where

@@ -22,6 +22,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .elsewhere import elsewhere
 from .objective import Objective
 from .optim import sam_perturb
 from .tangent import require_squared_error
@@ -33,6 +34,20 @@ __all__ = [
     "sam_factor",
     "sgd_edge_ratio",
 ]
+
+# What takes the tangent kernel in full, or is one, is found here too.
+__getattr__ = elsewhere(
+    __name__,
+    {
+        "GaussNewtonOperator": "gauss_newton",
+        "KernelNorm": "mean_square",
+        "SgdSharpness": "mean_square",
+        "exact_kernel_norm": "mean_square",
+        "ntk_blocks": "tangent",
+        "ntk_matrix": "tangent",
+        "sgd_sharpness": "mean_square",
+    },
+)
 
 Values = Any  # a tensor, an array or a list of numbers
 
@@ -55,7 +70,7 @@ def noise_fraction(examples: int, batch_size: int, replacement: bool = False) ->
     (1.0, 0.0)
     """
     for name, value in (("examples", examples), ("batch_size", batch_size)):
-        if value != int(value) or value < 1:
+        if not 1 <= value < math.inf or value != int(value):
             raise ValueError(f"{name} must be a positive integer, got {value!r}")
     if replacement:
         return 1 / batch_size
@@ -135,6 +150,8 @@ def sgd_edge_ratio(sharpness: float, learning_rate: float) -> float:
         learning_rate: step size η.
     """
     check_noise(learning_rate, 0.0, 1)
+    if math.isnan(sharpness):
+        raise ValueError("sharpness must be a number, got NaN")
     return learning_rate * sharpness / 2
 
 
@@ -190,7 +207,7 @@ def check_noise(learning_rate: float, fraction: float, outputs: int) -> None:
         raise ValueError(f"learning_rate must be positive and finite, got {learning_rate!r}")
     if not 0 <= fraction <= 1:
         raise ValueError(f"fraction must lie between 0 and 1, got {fraction!r}; see noise_fraction")
-    if outputs != int(outputs) or outputs < 1:
+    if not 1 <= outputs < math.inf or outputs != int(outputs):
         raise ValueError(f"outputs must be a positive integer, got {outputs!r}")
 
 

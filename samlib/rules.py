@@ -131,10 +131,18 @@ BASES = {
 }
 
 
+def _period(value: Any) -> Any:
+    steps = number(value)
+    whole = isinstance(steps, int | float) and not isinstance(steps, bool) and steps >= 1 and steps == int(steps)
+    if not whole and value != "epoch":
+        raise ValueError(f"every must be a whole number of steps, at least 1, or epoch, got {value!r}")
+    return int(steps) if whole else value
+
+
 class CacheSettings(Settings):
     """Steps between true gradients (or "epoch"), and how slowly the cached direction is averaged in between."""
 
-    every: Annotated[int, BeforeValidator(number), Field(ge=1)] | Literal["epoch"]
+    every: Annotated[int | Literal["epoch"], BeforeValidator(_period)]
     cache_beta: Share = 1.0
 
 
@@ -146,7 +154,13 @@ class UniversalSettings(Settings):
     paired: Truth = True
 
 
-class DeterminantSettings(UniversalSettings):
+class SpreadSettings(UniversalSettings):
+    """As above; one loss change has no spread."""
+
+    samples: Annotated[int, BeforeValidator(number), Field(ge=2)] = 2
+
+
+class DeterminantSettings(SpreadSettings):
     """As above, and β of log det(I + βH)."""
 
     determinant_beta: Positive = 0.3
@@ -234,7 +248,7 @@ RULES = {
             "frobenius_sam",
             "Frobenius-SAM",
             _universal(lambda config: "frobenius"),
-            UniversalSettings,
+            SpreadSettings,
             _strength_off,
             _frobenius_law,
         ),

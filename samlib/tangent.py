@@ -109,6 +109,11 @@ def require_squared_error(objective: Objective, params: Tensor) -> int:
         ValueError: if the derivatives differ, or targets are not shaped as outputs.
         FloatingPointError: if the outputs are not finite.
     """
+    if not isinstance(objective.inputs, Tensor) or not isinstance(objective.targets, Tensor):
+        raise ValueError(
+            f"needs inputs and targets in one tensor each, got a {type(objective.inputs).__name__} and a "
+            f"{type(objective.targets).__name__}"
+        )
     x, y = objective.inputs[:PROBE], objective.targets[:PROBE]
     with torch.no_grad():
         f = objective.forward(params, x)

@@ -8,9 +8,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch.optim import SGD
 
+import samlib
 from samlib import (
     SAM,
     adam_edge,
+    frobenius_noise_kernel,
     gd_edge,
     growth_factor,
     momentum_edge,
@@ -367,3 +369,29 @@ def test_other_bad_arguments_are_named():
 def test_bad_settings_are_named_with_what_is_allowed(call, message):
     with pytest.raises(ValueError, match=message):
         call()
+
+
+def test_directions_without_curvature_are_left_out_of_the_noise_kernel():
+    generator = np.random.default_rng(0)
+    half = generator.normal(size=(6, 3))
+    values = np.linalg.eigvalsh(half @ half.T)
+    expected = frobenius_noise_kernel(values[-3:], 1e-3, 0.3, 2)
+    assert expected < math.inf
+    assert frobenius_noise_kernel(values, 1e-3, 0.3, 2) == pytest.approx(expected, rel=1e-12)
+    assert frobenius_noise_kernel([], 1e-3, 0.3, 2) == 0
+    for values, samples in (([1.0, math.nan], 2), ([1.0], 2.5), ([1.0], math.nan)):
+        with pytest.raises(ValueError, match="must be"):
+            frobenius_noise_kernel(values, 0.1, 0.3, samples)
+
+
+def test_names_are_found_where_their_subject_is():
+    from samlib.edges import held_edge, previous_gradient_edge
+    from samlib.noise import GaussNewtonOperator, exact_kernel_norm, ntk_blocks, ntk_matrix, sgd_sharpness
+    from samlib.universal import universal_gradient, universal_step
+
+    for found in (held_edge, previous_gradient_edge, GaussNewtonOperator, exact_kernel_norm, ntk_blocks, ntk_matrix):
+        assert getattr(samlib, found.__name__) is found
+    for found in (sgd_sharpness, universal_gradient, universal_step):
+        assert getattr(samlib, found.__name__) is found
+    with pytest.raises(AttributeError, match="has no attribute 'nothing'"):
+        samlib.edges.nothing  # noqa: B018

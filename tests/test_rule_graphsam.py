@@ -11,6 +11,7 @@ from torch import nn
 
 from samlib import RunConfig, train
 from samlib.cached_law import cached_law
+from samlib.config import explain
 from samlib.edges_cached import held_edge, previous_gradient_edge
 from samlib.optim import EPSILON, SAM
 from samlib.rules import law_of, optimizer
@@ -152,3 +153,17 @@ def test_the_optimizer_is_stable_below_the_law_it_is_measured_against_and_not_ab
     steps = 600 if beta else 3000
     assert not Hill(0.98 * edge, slope, seed).grows(learning_rate, rho, every, beta, steps)
     assert Hill(1.02 * edge, slope, seed).grows(learning_rate, rho, every, beta, steps)
+
+
+@pytest.mark.parametrize("every", [0, 2.5, "week", True, "-1"])
+def test_a_bad_period_is_named_once(every):
+    with pytest.raises(ValidationError) as caught:
+        small_config(rule="graphsam", every=every)
+    assert explain(caught.value) == [f"every must be a whole number of steps, at least 1, or epoch, got {every!r}"]
+
+
+@pytest.mark.parametrize("rule", ["frobenius_sam", "determinant_sam"])
+def test_one_loss_change_has_no_spread(rule):
+    with pytest.raises(ValidationError, match="samples"):
+        small_config(rule=rule, strength=1.0, samples=1)
+    assert small_config(rule="trace_sam", strength=1.0, samples=1).samples == 1

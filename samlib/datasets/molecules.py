@@ -1,8 +1,8 @@
 """Molecules and their measured properties: sets of MoleculeNet, split by scaffold; a stand-in made in code.
 
 Inputs are one tuple: the atoms' words, uint8 (M, n, 8), and the pairs', uint8 (M, n, n), see
-:mod:`samlib.molecular_graphs`. Molecules of fewer than n atoms come first in their rows; a pair's word of 0 marks what
-is padding. Targets are float (M, tasks): a value, or a label 0 or 1; NaN where nothing was measured.
+:mod:`samlib.datasets.molecular_graphs`. Molecules of fewer than n atoms come first in their rows; a pair's word of 0
+marks what is padding. Targets are float (M, tasks): a value, or a label 0 or 1; NaN where nothing was measured.
 
 Source: Wu et al. (2018), *MoleculeNet*, arXiv:1703.00564, as cleaned by Rong et al. (2020), *GROVER*, arXiv:2007.02835.
 """

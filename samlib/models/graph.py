@@ -19,7 +19,7 @@ TYPICAL_SIZE = 20  # atoms; brings the sum over them, which tells large molecule
 class GraphTransformer(nn.Module):
     """Pre-LayerNorm Transformer over a molecule's atoms, with a bias of attention for each kind of pair.
 
-    Maps (atoms, pairs), see :mod:`samlib.datasets_molecules`, to (M, outputs): a linear map of the sum of the atoms'
+    Maps (atoms, pairs), see :mod:`samlib.datasets.molecules`, to (M, outputs): a linear map of the sum of the atoms'
     features over 20. Neither padding nor the order of the atoms changes an output. The bias starts at zero and is
     shared by the layers; the other weights are drawn as those of :class:`samlib.Transformer`.
 

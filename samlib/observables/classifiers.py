@@ -28,9 +28,16 @@ def _labels(targets: Tensor) -> Tensor:
 
 def _check_classifier(task: Task) -> None:
     targets = task.everything().targets
-    whole = isinstance(targets, Tensor) and (targets.dim() == 2 or not targets.is_floating_point())
-    if not whole:
-        raise ValueError("example_weights needs labels, or one-hot targets of shape (N, classes)")
+    labels = isinstance(targets, Tensor) and targets.dim() == 1 and not targets.is_floating_point()
+    if not labels and not (isinstance(targets, Tensor) and targets.dim() == 2 and _one_hot(targets)):
+        shape = tuple(targets.shape) if isinstance(targets, Tensor) else type(targets).__name__
+        raise ValueError(
+            f"example_weights needs a label for each example, (N,), or one-hot targets (N, classes), got {shape}"
+        )
+
+
+def _one_hot(targets: Tensor) -> bool:
+    return targets.shape[1] > 1 and bool(((targets == 0) | (targets == 1)).all() and (targets.sum(1) == 1).all())
 
 
 def _weights(point: Point) -> dict[str, float]:

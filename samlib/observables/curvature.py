@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 
 from ..eigen import power_iteration, top_eigenpairs
+from ..experiments.task import Task
 from ..gauss_newton import GaussNewtonOperator
 from ..settings import Count, Positive, Settings
 from ..spectrum import SpectralSums, curvature_measures
@@ -81,4 +82,9 @@ def _finite_differences(point: Point) -> dict[str, float]:
     return {"reference_norm": float(found.values[0]), "reference_matvecs": float(found.matvecs), **norms}
 
 
-FINITE_DIFFERENCE_NORM = Observable("finite_difference_norm", _finite_differences)
+def _needs_edge(task: Task) -> None:
+    if "edge" not in task.config.observables:
+        raise ValueError("finite_difference_norm needs the principal eigenvector: let observables have edge, too")
+
+
+FINITE_DIFFERENCE_NORM = Observable("finite_difference_norm", _finite_differences, check=_needs_edge)
