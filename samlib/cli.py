@@ -12,6 +12,7 @@ from typing import Annotated, Any
 
 import typer
 
+from .files import as_text
 from .sweeps.command import app as sweep_app
 from .terminal import Command, Group, fail, given_once, invalid, pairs, seconds, values
 
@@ -72,15 +73,18 @@ def run(
     given_once(named, further, axes)
     if "experiment" in {*further, *axes}:
         invalid("the experiment is the first argument; it cannot be set or swept")
-    settings = {"experiment": experiment, **named, **further}
+    settings = {"experiment": as_text(experiment), **named, **further}
     points = [settings | dict(zip(axes, point, strict=True)) for point in itertools.product(*axes.values())]
     budget = seconds(time_budget, "--time-budget") if time_budget else None
 
     from .datasets import DataError
+    from .experiments import EXPERIMENTS
     from .runs import RunStore, StoreError, published_path, published_runs
     from .runs import publish as publish_runs
     from .training import train_grid
 
+    if publish and experiment not in EXPERIMENTS:
+        invalid(f"--publish is for the book's experiments, {', '.join(EXPERIMENTS)}; got {experiment}")
     try:
         configs = list(dict.fromkeys(_config(point) for point in points))
         reporter, kept = _Reporter(as_json), RunStore(store)
@@ -95,7 +99,7 @@ def run(
     except (ValueError, StoreError, DataError) as error:
         invalid(str(error))
     except OSError as error:
-        fail(f"{error.strerror or error}: {error.filename}", 1)
+        fail(_of_files(error), 1)
     except KeyboardInterrupt:
         fail("interrupted; the same command continues from the last checkpoint", 130)
     if len(runs) < len(configs):
@@ -130,6 +134,8 @@ def record(
         publish_toys(chapter)
     except (ValueError, StoreError, DataError) as error:
         invalid(str(error))
+    except OSError as error:
+        fail(_of_files(error), 1)
     except KeyboardInterrupt:
         fail("interrupted; the same command continues from the last checkpoint", 130)
     print(f"{len(runs)} of {len(configs)} runs are published in {published_path(chapter)}")
@@ -207,6 +213,12 @@ def book(
     except OSError as error:
         fail(f"cannot write the book: {error}", 1)
     print(f"The book is built. Open {index}" + (f" or {printed}" if printed else ""))
+
+
+def _of_files(error: OSError) -> str:
+    """What went wrong with a file, and what to do."""
+    place = f": {error.filename}" if error.filename else ""
+    return f"{error.strerror or error}{place}; what is finished is kept, and the same command continues"
 
 
 class _Reporter:

@@ -14,7 +14,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, ValidationIn
 from pydantic_core import InitErrorDetails, PydanticCustomError
 
 from .datasets import DataPolicy, Dataset
-from .experiments import EXPERIMENTS, Experiment, find
+from .experiments import EXPERIMENTS, Experiment, find, of_run
 from .observables import OBSERVABLES, PATHS
 from .rules import BASES, RULES
 from .settings import (
@@ -166,7 +166,7 @@ class RunConfig(BaseModel):
 
     def load_dataset(self) -> Dataset:
         """The data set this configuration asks for."""
-        return find(self.experiment).load(self)
+        return of_run(self).load(self)
 
     @property
     def sharpness_aware(self) -> bool:
@@ -198,23 +198,30 @@ def _filled_in(
     """All settings of a run: those given, those of the profile, and the own ones of its parts, checked by these."""
     known = known_settings(experiment)
     values = {name: v for name, v in given.items() if v is not None or name not in known or name == "examples"}
-    profile = experiment.profiles.get(values.get("profile", "quick"), experiment.profiles["quick"])
+    scale = values.get("profile", "quick")
+    profile = experiment.profiles.get(scale if isinstance(scale, str) else "quick", experiment.profiles["quick"])
     values = {**profile, "measure_on": experiment.measure_on, **values}
     if values.get("device", "auto") == "auto":
         values["device"] = "cuda" if torch.cuda.is_available() else "cpu"
     rule, base = values.get("rule", "sam"), values.get("base", "sgd")
-    problems = [
+    problems = _clashes(cls, experiment) if experiment.source else []
+    problems += [
         _problem(f"{what} must be one of {', '.join(registry)}, got {name!r}")
         for what, name, registry in (("rule", rule, RULES), ("base", base, BASES))
-        if name not in registry
+        if not isinstance(name, str) or name not in registry
     ]
     for what, registry, default in (("observables", OBSERVABLES, ["edge"]), ("path", PATHS, [])):
-        chosen = names(values.get(what, ()))
-        if not isinstance(chosen, list) or not set(chosen) <= registry.keys():
+        try:
+            chosen = names(values.get(what, ()))
+        except ValueError:
+            chosen = None
+        if not isinstance(chosen, list) or not all(isinstance(name, str) and name in registry for name in chosen):
             problems.append(_problem(f"{what} must be some of {', '.join(registry)}, got {values[what]!r}"))
             chosen = []
         values[what] = tuple(name for name in registry if name in (chosen or default))  # each once, in one order
 
+    if problems:  # keep the report to what is wrong
+        rule, base = (name if isinstance(name, str) else "" for name in (rule, base))
     kinds = _kinds(experiment, rule, base, values["observables"])
     taken = [*cls.model_fields, *(name for kind in kinds for name in kind.model_fields)]
     # A profile is for its own rule and base: what others do not take of it is not asked of them.
@@ -235,6 +242,22 @@ def _filled_in(
     if values["rho"] is None:
         del values["rho"]
     return values, problems
+
+
+def _clashes(cls: type[RunConfig], experiment: Experiment) -> list[InitErrorDetails]:
+    """Arguments of a reader's own experiment that mean something else in every run. ``seed`` is the run's."""
+    entries: list[Any] = [*RULES.values(), *BASES.values(), *OBSERVABLES.values()]
+    taken = {*cls.model_fields, *(name for entry in entries for name in entry.settings.model_fields), *dir(BaseModel)}
+    taken |= {name for name in vars(cls) if not name.startswith("__")}
+    clashing = [name for name in experiment.settings.model_fields if name in taken - {"seed"}]
+    if not clashing:
+        return []
+    word = "are names" if len(clashing) > 1 else "is a name"
+    return [
+        _problem(
+            f"experiment {experiment.name}: {', '.join(clashing)} {word} that a run has already; rename the argument"
+        )
+    ]
 
 
 def known_settings(experiment: Experiment | None = None) -> set[str]:
@@ -282,9 +305,10 @@ def _check(config: RunConfig, experiment: Experiment) -> None:
 
 
 def _problem(message: str) -> InitErrorDetails:
-    # Braces are placeholders to pydantic.
-    text = message.replace("{", "{{").replace("}", "}}")
-    return InitErrorDetails(type=PydanticCustomError("value_error", text), loc=(), input=None)
+    # A message of one's own is a template, in which braces are placeholders.
+    return InitErrorDetails(
+        type=PydanticCustomError("value_error", "{message}", {"message": message}), loc=(), input=None
+    )
 
 
 def grid(

@@ -175,7 +175,7 @@ class RunStore:
             "provenance": run.provenance,
             **({"path": True} if path else {}),
         }
-        atomic_write(folder / "config.json", run.config.model_dump_json(indent=1).encode())
+        atomic_write(folder / "config.json", json.dumps(run.config.model_dump(mode="json"), indent=1).encode())
         atomic_write(folder / "measurements.parquet", content)
         if path:
             atomic_write(folder / "path.parquet", path)

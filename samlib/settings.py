@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import numbers
 from collections.abc import Iterable, Mapping
+from decimal import Decimal
 from typing import Annotated, Any
 
 import yaml
@@ -29,6 +31,8 @@ __all__ = [
 
 def number(value: Any) -> Any:
     """YAML reads ``1e-3`` as a string; accept it, and nothing else, as the number it means. −0.0 is 0.0."""
+    if isinstance(value, bool):
+        return repr(value)  # which is refused as no number
     if isinstance(value, str):
         if value in ("None", "none", "null"):
             return None
@@ -36,6 +40,8 @@ def number(value: Any) -> Any:
             value = float(value)
         except ValueError:
             return value
+    if isinstance(value, numbers.Real | Decimal) and not isinstance(value, numbers.Integral):
+        value = float(value)
     return value + 0.0 if isinstance(value, float) else value
 
 
@@ -46,7 +52,10 @@ def _truth(value: Any) -> Any:
 def names(value: Any) -> Any:
     """``a,b`` and ``[a, b]`` as text are the list that they mean."""
     if isinstance(value, str):
-        value = yaml.safe_load(value) if value.lstrip().startswith("[") else value.split(",")
+        try:
+            value = yaml.safe_load(value) if value.lstrip().startswith("[") else value.split(",")
+        except yaml.YAMLError:
+            raise ValueError("must be a list such as a,b or [a, b]") from None
     return [v.strip() if isinstance(v, str) else v for v in value] if isinstance(value, (list, tuple)) else value
 
 
@@ -99,6 +108,6 @@ def explain(error: ValidationError) -> list[str]:
             lines.append(f"{name} is required (--{name.replace('_', '-')})")
         else:
             message = message.removeprefix("Value error, ").replace("Input should be", "must be")
-            whole = problem["type"] == "value_error"
+            whole = problem["type"] == "value_error" and not message.startswith("must ")
             lines.append(message if whole or not name else f"{name} {message}, got {problem['input']!r}")
     return list(dict.fromkeys(lines))

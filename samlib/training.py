@@ -59,7 +59,11 @@ def train(
     run_id = config.identity(dataset.fingerprint)
     run = store.load(run_id) if store else None
     if run is None:
-        task = Task(config, dataset)
+        task = _task(config, dataset)
+        task.experiment.try_out(task)
+        if config.eigenvalues > len(task.initial_parameters()):
+            size = len(task.initial_parameters())
+            raise ValueError(f"eigenvalues must be at most the {size} parameters, got {config.eigenvalues}")
         RULES[config.rule].check(task)
         for name in config.observables:
             OBSERVABLES[name].check(task)
@@ -126,6 +130,18 @@ def _check(config: RunConfig) -> None:
     available = len(pytree.tree_leaves(_dataset(config).train_inputs)[0])
     if config.batch_size is not None and config.batch_size > available:
         raise ValueError(f"batch_size must be at most the {available} training examples, got {config.batch_size}")
+
+
+def _task(config: RunConfig, dataset: Dataset) -> Task:
+    try:
+        return Task(config, dataset)
+    except ValueError:
+        raise
+    except Exception as error:
+        if not config.source:
+            raise
+        said = f"{type(error).__name__}: {error}".splitlines()[0]
+        raise ValueError(f"experiment {config.experiment}: model and loss cannot be evaluated: {said}") from error
 
 
 def _data(config: RunConfig) -> tuple[Any, ...]:

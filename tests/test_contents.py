@@ -8,7 +8,7 @@ from typer.testing import CliRunner
 
 from samlib.cli import app
 from samlib.site import build as site_build
-from samlib.site import contents
+from samlib.site import contents, sharing
 from samlib.site.build import BookError, build
 from samlib.site.contents import InvalidBook, documents, notebooks_in
 
@@ -198,3 +198,22 @@ def test_pages_elsewhere_and_a_bare_configuration_make_a_book_too(tmp_path):
     assert not (tmp_path / "elsewhere" / "old").exists()
     assert "EXECUTED 42" in (tmp_path / "_build/html/chapters/one.html").read_text(encoding="utf-8")
     assert "größer" in (tmp_path / "_build/html/intro.html").read_text(encoding="utf-8")
+
+
+def test_empty_parts_of_a_configuration_are_left_out(book, tmp_path):
+    book(TOC)
+    empty = "title:\nexecute:\nhtml:\nrepository:\nlaunch_buttons:\nsphinx:\n  config:\nexclude_patterns:\n"
+    (tmp_path / "_config.yml").write_text(empty, encoding="utf-8")
+    config = contents.read_config(tmp_path)
+    assert config == {"title": tmp_path.name, "html": {}, "execute": {}, "sphinx": {"config": {}}}
+    assert "launch_buttons" in sharing.configure(config | {"repository": {"url": "https://example.org/book"}}, {})
+    assert notebooks_in(tmp_path / "_toc.yml") == ["notebooks/one"]
+
+
+@pytest.mark.parametrize("text", ["[a, b]", "3", "html: 3", "sphinx: [x]", "sphinx: {config: true}", "repository: x"])
+def test_a_configuration_of_another_shape_is_refused(book, tmp_path, text):
+    book(TOC)
+    (tmp_path / "_config.yml").write_text(text, encoding="utf-8")
+    with pytest.raises(InvalidBook, match="must hold settings by name"):
+        build(tmp_path)
+    assert not (tmp_path / "_build").exists()

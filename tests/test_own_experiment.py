@@ -122,3 +122,97 @@ def test_bad_files_are_named_and_nothing_is_written(change, message, tmp_path):
     assert message in " ".join(result.output.split())
     assert "Traceback" not in result.output
     assert not (tmp_path / "runs").exists()
+
+
+METRIC = '"metric": lambda outputs, targets: (outputs - targets).abs().max(),'
+MODEL = '"model": nn.Sequential(nn.Linear(3, width), nn.Tanh(), nn.Linear(width, 1))'
+LOSS = '"loss": lambda outputs, targets: (outputs - targets).square().mean()'
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ("import sys\nsys.exit(0)", "cannot be read: SystemExit: 0"),
+        ("def build():\n    raise SystemExit", "raised SystemExit"),
+        (TASK.replace(METRIC, '"metric": lambda outputs, targets: None,'), "the metric on test cannot be evaluated"),
+        (TASK.replace('"test": (x[40:], y[40:])', '"test": (x[40:, :2], y[40:])'), "the metric on test cannot be"),
+        (TASK.replace(LOSS, '"loss": lambda outputs, targets: outputs - targets'), "must be one real number"),
+        (TASK.replace(LOSS, '"loss": lambda outputs: outputs'), "model and loss cannot be evaluated: TypeError"),
+        (TASK.replace('"train": (x[:40]', '"train": (x[:40].long()'), "model and loss cannot be evaluated"),
+        (TASK.replace('"train": (x[:40]', '"train": (()'), "must hold inputs and targets"),
+        (TASK.replace('"train": (x[:40]', '"train": (x.sum()'), "with the examples first"),
+        (TASK.replace("noise: float = 0.1", "noise=float('nan')"), "noise is a setting of the run, which must be"),
+        (TASK.replace("noise: float = 0.1", "noise=0.1, sizes=[3]"), "sizes is a setting of the run, which must be"),
+        (TASK.replace("noise: float = 0.1", "noise=0.1, momentum=0.5"), "momentum is a name that a run has already"),
+        (TASK.replace("noise: float = 0.1", "noise=0.1, steps=7"), "steps is a name that a run has already"),
+    ],
+)
+def test_what_would_fail_at_the_last_step_is_refused_before_the_first(change, message, tmp_path):
+    test_bad_files_are_named_and_nothing_is_written(change, message, tmp_path)
+
+
+def trained(path, store=None, **settings):
+    run = train(RunConfig(experiment=str(path), learning_rate=0.1, rho=0.05, steps=4, **settings), store)
+    return run.id, run.last.loss
+
+
+def test_a_file_that_changes_before_its_run_is_trained_is_refused(own, tmp_path):
+    config = RunConfig(experiment=str(own), learning_rate=0.1, rho=0.05, steps=4)
+    own.write_text(TASK.replace("Tanh", "ReLU"), encoding="utf-8")
+    with pytest.raises(ValueError, match="has changed since this run was planned"):
+        train(config, RunStore(tmp_path / "runs"))
+    own.write_text(TASK, encoding="utf-8")
+    assert train(config).outcome == "finished"
+
+
+def test_a_run_does_not_hang_on_the_runs_before_it(tmp_path):
+    """The network is made when the file is read, and has running statistics; data are drawn from all sources."""
+    kept = TASK.replace(
+        "def build", "net = nn.Sequential(nn.Linear(3, 8), nn.BatchNorm1d(8), nn.Linear(8, 1))\n\ndef build"
+    )
+    drawn = TASK.replace("import torch", "import random\nimport numpy as np\nimport torch")
+    drawn = drawn.replace(
+        "x = torch.randn(60, 3, generator=draw)",
+        "x = torch.randn(60, 3) + random.random() + torch.as_tensor(np.random.randn(60, 3)).float()",
+    )
+    for name, text in (("kept.py", kept.replace(MODEL, '"model": net')), ("drawn.py", drawn)):
+        path = tmp_path / name
+        path.write_text(text, encoding="utf-8")
+        alone = trained(path, seed=1)
+        trained(path, seed=0, noise=0.2)
+        assert trained(path, seed=1) == alone
+        other = tmp_path / "copy" / name
+        other.parent.mkdir(exist_ok=True)
+        other.write_text(text, encoding="utf-8")
+        assert trained(other, seed=1) == alone
+
+
+def test_arguments_are_what_their_annotations_say(tmp_path):
+    path = tmp_path / "my_task.py"
+    signature = (
+        "from typing import Literal\n\ndef build(width: int | None = None, act: Literal['Tanh', 'ReLU'] = 'Tanh', "
+    )
+    text = TASK.replace("def build(width: int = 8, ", signature + "seed: int = 5, ")
+    model = MODEL.replace("nn.Tanh()", "getattr(nn, act)()").replace("width", "width or 8")
+    path.write_text(text.replace(MODEL, model), encoding="utf-8")
+
+    def configured(**settings):
+        return RunConfig(experiment=str(path), learning_rate=0.1, rho=0.05, **settings)
+
+    assert (configured().width, configured().act, configured().noise) == (None, "Tanh", 0.1)
+    assert (configured(width="64").width, configured(act="ReLU").act, configured(noise="1e-3").noise) == (
+        64,
+        "ReLU",
+        1e-3,
+    )
+    assert configured(seed=3).seed == 3
+    for bad in ({"act": "foo"}, {"width": 0.5}, {"noise": "nan"}, {"noise": True}):
+        with pytest.raises(ValueError, match=next(iter(bad))):
+            configured(**bad)
+
+
+def test_only_the_books_experiments_are_published(own, tmp_path):
+    result = call("run", own, "--learning-rate", 0.1, "--rho", 0.05, "--publish", "--store", tmp_path / "runs")
+    assert result.exit_code == 2
+    assert "--publish is for the book's experiments" in result.output
+    assert list(tmp_path.iterdir()) == [own]

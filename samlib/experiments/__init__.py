@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 from .base import PROFILES, Experiment, cross_entropy, error_rate, mean_loss, mean_squared_error
 from .cifar10 import CIFAR10
 from .dominoes import DIGITS_ON_CIFAR
@@ -9,6 +11,9 @@ from .mnist import MNIST
 from .molecules import MOLECULES
 from .own import is_own, own_experiment
 from .shakespeare import SHAKESPEARE
+
+if TYPE_CHECKING:
+    from ..config import RunConfig
 
 __all__ = [
     "EXPERIMENTS",
@@ -19,6 +24,7 @@ __all__ = [
     "find",
     "mean_loss",
     "mean_squared_error",
+    "of_run",
     "title",
 ]
 
@@ -39,6 +45,21 @@ def find(name: str) -> Experiment:
     raise ValueError(
         f"experiment must be one of {known}, the path of a Python file or package.module:function, got {name!r}"
     )
+
+
+def of_run(config: RunConfig) -> Experiment:
+    """The experiment of a configuration.
+
+    Raises:
+        ValueError: if there is none; or if it is a reader's own, whose file is not what it was when the run was named.
+    """
+    experiment = find(config.experiment)
+    if experiment.source != config.source:
+        raise ValueError(
+            f"{config.experiment} has changed since this run was planned, and the run's id stands for what it was; "
+            "give the command again"
+        )
+    return experiment
 
 
 def title(name: str) -> str:

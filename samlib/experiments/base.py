@@ -17,6 +17,7 @@ from ..settings import Settings
 
 if TYPE_CHECKING:
     from ..config import RunConfig
+    from .task import Task
 
 __all__ = [
     "PROFILES",
@@ -55,6 +56,7 @@ class Experiment:
         seeded_data: whether the data hang on the run's seed.
         source: SHA-256 of the file of a reader's own experiment; part of a run's id.
         check: raises a ValueError for settings that do not fit together.
+        try_out: raises a ValueError, before anything is trained, for what a task cannot evaluate.
     """
 
     name: str
@@ -73,6 +75,7 @@ class Experiment:
     seeded_data: bool = False
     source: str | None = None
     check: Callable[[RunConfig], None] = lambda config: None
+    try_out: Callable[[Task], None] = lambda task: None
 
 
 def mean_squared_error(outputs: Tensor, targets: Tensor) -> Tensor:

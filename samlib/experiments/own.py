@@ -3,36 +3,48 @@
 The function, ``build`` in a file, returns a dictionary: ``model`` (a module), ``loss`` (outputs, targets → mean loss),
 ``train`` and ``test`` (pairs of inputs and targets), and, if wanted, ``metric`` (all test outputs and targets → a
 number, lower is better) and ``probes`` (two pairs of inputs and labels by name, see the observable of that name). Its
-arguments, all with defaults, are the experiment's own settings.
+arguments, all with defaults, are the experiment's own settings: truths, numbers and texts, or as their annotations say
+(``Literal``, ``int | None``). An argument ``seed`` gets the run's.
+
+Data must be the same at each call: random numbers are seeded before, with 0 for the data and with the run's seed for
+the model's weights.
 """
 
 from __future__ import annotations
 
+import copy
 import functools
 import hashlib
 import importlib
 import importlib.util
 import inspect
+import math
+import random
 import sys
-from collections.abc import Callable
+import types
+import typing
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from types import ModuleType
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import numpy as np
 import torch
-from pydantic import create_model
+from pydantic import BeforeValidator, Field, create_model
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 from ..datasets import Dataset
 from ..datasets.base import Probed
 from ..features import Labelled, ProbeSets
-from ..settings import Settings
+from ..files import as_path
+from ..settings import Settings, Truth, number
 from .base import PROFILES, Experiment, Metric, joined
 
 if TYPE_CHECKING:
     from ..config import RunConfig
+    from .task import Task
 
 __all__ = ["is_own", "own_experiment"]
 
@@ -62,11 +74,15 @@ def own_experiment(name: str) -> Experiment:
         return _dataset(name, made(config), config)
 
     def model(config: RunConfig, _: Dataset) -> nn.Module:
-        # Anew, under the run's seed: the first call was for the data.
-        return _call(name, build, {key: getattr(config, key) for key in settings.model_fields})["model"]
+        # Anew, under the run's seed: the first call was for the data. A copy, as it may be one that the file keeps.
+        given = {key: getattr(config, key) for key in settings.model_fields}
+        return copy.deepcopy(_call(name, build, given, config.seed)["model"])
 
     def metric(config: RunConfig) -> Metric:
         return joined(made(config).get("metric") or made(config)["loss"])
+
+    def check(task: Task) -> None:
+        _evaluate(name, task)
 
     title = Path(name.partition(":")[0]).stem
     profiles = dict.fromkeys(PROFILES, _SCALE)
@@ -81,6 +97,7 @@ def own_experiment(name: str) -> Experiment:
         settings,
         profiles,
         source=source,
+        try_out=check,
     )
 
 
@@ -88,7 +105,7 @@ def _function(name: str) -> tuple[Callable[..., Any], str]:
     """The function, and SHA-256 of the file that it stands in."""
     place, _, attribute = name.rpartition(":") if ":" in name and not name.endswith(".py") else (name, "", "build")
     if place.endswith(".py"):
-        path = Path(place)
+        path = as_path(place)
         if not path.is_file():
             raise ValueError(f"experiment {name}: there is no file {path.absolute()}; give the path of a Python file")
         source = hashlib.sha256(path.read_bytes()).hexdigest()
@@ -96,7 +113,7 @@ def _function(name: str) -> tuple[Callable[..., Any], str]:
     else:
         try:
             module = importlib.import_module(place)
-        except Exception as error:
+        except (Exception, SystemExit) as error:
             raise ValueError(f"experiment {name}: {place} cannot be imported ({_reason(error)})") from None
         source = hashlib.sha256(Path(module.__file__ or "").read_bytes()).hexdigest() if module.__file__ else ""
     build = getattr(module, attribute, None)
@@ -118,8 +135,9 @@ def _from_file(name: str, path: Path, source: str) -> ModuleType:
     folder = str(path.absolute().parent)
     sys.path.insert(0, folder)
     try:
-        spec.loader.exec_module(module)
-    except Exception as error:
+        with _seeded(0):
+            spec.loader.exec_module(module)
+    except (Exception, SystemExit) as error:
         del sys.modules[title]
         raise ValueError(f"experiment {name} cannot be read: {_reason(error)}") from None
     finally:
@@ -129,23 +147,86 @@ def _from_file(name: str, path: Path, source: str) -> ModuleType:
 
 def _settings(name: str, build: Callable[..., Any]) -> type[Settings]:
     fields: dict[str, Any] = {}
+    try:
+        annotated = typing.get_type_hints(build)
+    except Exception:  # an annotation that cannot be read says nothing
+        annotated = {}
     for parameter in inspect.signature(build).parameters.values():
         if parameter.kind in (parameter.VAR_KEYWORD, parameter.VAR_POSITIONAL):
             continue
         if parameter.default is parameter.empty:
             raise ValueError(f"experiment {name}: {parameter.name} has no default; give it one")
-        fields[parameter.name] = (type(parameter.default), parameter.default)
+        default = parameter.default
+        kind = _kind(annotated.get(parameter.name, type(default)))
+        if kind is None or (isinstance(default, float) and not math.isfinite(default)):
+            raise ValueError(
+                f"experiment {name}: {parameter.name} is a setting of the run, which must be True or False, a finite "
+                f"number, a text, or as an annotation says (Literal, int | None), got {default!r}"
+            )
+        fields[parameter.name] = (kind, default)
     return create_model("OwnSettings", __base__=Settings, **fields)
 
 
-def _call(name: str, build: Callable[..., Any], settings: dict[str, Any]) -> dict[str, Any]:
+_FINITE = Annotated[float, BeforeValidator(number), Field(allow_inf_nan=False)]
+_KINDS: dict[Any, Any] = {
+    bool: Truth,
+    int: Annotated[int, BeforeValidator(number)],
+    float: _FINITE,
+    str: str,
+    types.NoneType: Annotated[None, BeforeValidator(number)],
+}
+
+
+def _kind(annotation: Any) -> Any:
+    """The kind of a setting with an annotation, or None where it cannot be one."""
+    if typing.get_origin(annotation) is Literal:
+        return annotation
+    if typing.get_origin(annotation) in (typing.Union, types.UnionType):
+        kinds = [_kind(part) for part in typing.get_args(annotation)]
+        return None if None in kinds else typing.Union[tuple(kinds)]  # noqa: UP007
+    return _KINDS.get(annotation) if isinstance(annotation, type) else None
+
+
+@contextmanager
+def _seeded(seed: int) -> Iterator[None]:
+    """All the usual random numbers, seeded inside and afterwards as before."""
+    python, numpy = random.getstate(), np.random.get_state()  # noqa: NPY002
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        random.seed(seed)
+        np.random.seed(seed % 2**32)  # noqa: NPY002
+        try:
+            yield
+        finally:
+            random.setstate(python)
+            np.random.set_state(numpy)  # noqa: NPY002
+
+
+def _evaluate(name: str, task: Task) -> None:
+    """Raise a ValueError if what a run evaluates cannot be evaluated, before it trains."""
+    w = task.initial_parameters()
+    for what, evaluate in (
+        ("the loss on train", task.everything),
+        ("the gradient on train", lambda: task.objective(0).gradient(w)),
+        ("the metric on test", lambda: task.test_metric(w)),
+    ):
+        try:
+            evaluate()
+        except Exception as error:
+            raise ValueError(f"experiment {name}: {what} cannot be evaluated: {_reason(error)}") from None
+
+
+def _call(name: str, build: Callable[..., Any], settings: dict[str, Any], seed: int = 0) -> dict[str, Any]:
     try:
-        parts = build(**settings)
-    except Exception as error:
+        with _seeded(seed):
+            parts = build(**settings)
+    except (Exception, SystemExit) as error:
         raise ValueError(f"experiment {name} raised {_reason(error)}") from None
     if not isinstance(parts, dict) or not set(_PARTS) <= parts.keys():
         wanted = f"a dictionary with {', '.join(_PARTS)}"
-        got = f"a dictionary with {', '.join(parts)}" if isinstance(parts, dict) else f"{type(parts).__name__}"
+        got = (
+            f"a dictionary with {', '.join(map(str, parts))}" if isinstance(parts, dict) else f"{type(parts).__name__}"
+        )
         raise ValueError(f"experiment {name} must return {wanted}, got {got}")
     if not isinstance(parts["model"], nn.Module):
         raise ValueError(f"experiment {name}: model must be a torch.nn.Module, got {type(parts['model']).__name__}")
@@ -162,6 +243,8 @@ def _dataset(name: str, parts: dict[str, Any], config: RunConfig) -> Dataset:
     tensors = [_tensors(name, key, half) for key in ("train", "test") for half in parts[key]]
     for key, inputs, targets in (("train", *tensors[:2]), ("test", *tensors[2:])):
         lengths = {len(t) for t in pytree.tree_leaves((inputs, targets))}
+        if not all(pytree.tree_leaves(part) for part in (inputs, targets)):
+            raise ValueError(f"experiment {name}: {key} must hold inputs and targets, got none of one")
         if len(lengths) != 1 or 0 in lengths:
             raise ValueError(f"experiment {name}: {key} must hold as many targets as inputs, got {sorted(lengths)}")
     available = len(pytree.tree_leaves(tensors[0])[0])
@@ -193,7 +276,17 @@ def _tensors(name: str, key: str, part: Any) -> Any:
     def tensor(value: Any) -> Tensor:
         if not isinstance(value, Tensor | np.ndarray):
             raise ValueError(f"experiment {name}: {key} must hold tensors, got {type(value).__name__}")
-        made = torch.as_tensor(value).detach().cpu()
+        try:
+            if isinstance(value, np.ndarray):
+                value = np.ascontiguousarray(value, value.dtype.newbyteorder("="))
+            made = torch.as_tensor(value).detach().cpu()
+        except (TypeError, ValueError, RuntimeError, NotImplementedError) as error:
+            raise ValueError(f"experiment {name}: {key} cannot be read as tensors ({_reason(error)})") from None
+        if made.layout != torch.strided or not made.dim() or made.is_complex():
+            raise ValueError(
+                f"experiment {name}: {key} must hold dense, real tensors with the examples first, got {made.dtype} of "
+                f"shape {tuple(made.shape)}, {made.layout}"
+            )
         if made.is_floating_point() and not bool(made.isfinite().all()):
             raise ValueError(f"experiment {name}: {key} holds values that are not finite")
         return made
@@ -201,5 +294,5 @@ def _tensors(name: str, key: str, part: Any) -> Any:
     return pytree.tree_map(tensor, part)
 
 
-def _reason(error: Exception) -> str:
+def _reason(error: BaseException) -> str:
     return f"{type(error).__name__}: {error}".splitlines()[0]

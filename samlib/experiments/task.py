@@ -14,7 +14,7 @@ from torch.utils import deterministic
 
 from ..datasets import Dataset
 from ..objective import Kernel, Objective, compiled_kernel, flatten_parameters
-from . import find
+from . import of_run
 from .training_mode import TrainingMode, changes_with_mode
 
 if TYPE_CHECKING:
@@ -51,7 +51,7 @@ class Task:
     """
 
     def __init__(self, config: RunConfig, dataset: Dataset | None = None) -> None:
-        self.config, self.experiment = config, find(config.experiment)
+        self.config, self.experiment = config, of_run(config)
         self.dataset = dataset = dataset or config.load_dataset()
         if config.device == "cuda":
             exact_on_cuda()

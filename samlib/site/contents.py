@@ -53,9 +53,21 @@ def read_config(root: Path) -> dict[str, Any]:
         config = yaml.safe_load((root / "_config.yml").read_text(encoding="utf-8")) or {}
     except (OSError, ValueError, yaml.YAMLError) as error:
         raise InvalidBook(f"{root / '_config.yml'} cannot be read: {' '.join(str(error).split())}") from None
-    config = {"title": root.name, "html": {}, "execute": {}, **config}
-    config["sphinx"] = {"config": {}, **(config.get("sphinx") or {})}
+    config = _mapping(config, root / "_config.yml")
+    config = {"title": root.name, "html": {}, "execute": {}, "sphinx": {}, **config}
+    for part in {"html", "execute", "sphinx", "repository", "launch_buttons"} & config.keys():
+        config[part] = _mapping(config[part], f"{part} in {root / '_config.yml'}")
+    config["sphinx"]["config"] = _mapping(
+        config["sphinx"].get("config", {}), f"sphinx.config in {root / '_config.yml'}"
+    )
     return config
+
+
+def _mapping(value: Any, place: Any) -> dict[str, Any]:
+    """Settings by name, without those that are left empty."""
+    if not isinstance(value, dict):
+        raise InvalidBook(f"{place} must hold settings by name, got {value!r}")
+    return {name: setting for name, setting in value.items() if setting is not None}
 
 
 def documents(toc: Path) -> list[Path]:

@@ -80,7 +80,7 @@ class Sweep:
             self._create()
         there = load(self.out)
         if there.digest != self.digest:
-            difference = f"of another notebook, or of another version of {there.notebook.name}"
+            difference = f"of another notebook, or of another version of {there.notebook.name} or of an experiment"
         elif {p.id for p in there.points} != {p.id for p in self.points}:
             difference = f"of {len(there.points)} other points"
         elif there.kernel != self.kernel:
@@ -167,10 +167,13 @@ def plan(
         for combination in itertools.product(*axes)
     ]
     problems += _missing(combined, known)
+    if known and {"experiment", "learning_rate", "rho"} <= known.keys():
+        wrong, sources = _runs(combined, known)
+        problems += wrong
+        if sources:  # a reader's own experiments are part of what is swept, as the notebook is
+            digest = hashlib.sha256(json.dumps([digest, *sources]).encode()).hexdigest()
     made = [Point(_identity(digest, params), params) for params in combined]
     problems += _repeated(made)
-    if known and {"experiment", "learning_rate", "rho"} <= known.keys():
-        problems += _bad_runs(combined, known)
     if problems:
         raise SweepError(*problems)
     # A parameter of that name that takes no text means something else.
@@ -207,22 +210,24 @@ def _repeated(points: Sequence[Point]) -> list[str]:
     return [f"the point {text} occurs twice; let each occur once" for text in dict.fromkeys(shown)]
 
 
-def _bad_runs(points: Sequence[Mapping[str, Any]], known: dict[str, Parameter]) -> list[str]:
-    """The notebook trains a run: what is wrong with the runs' configurations, each problem once."""
+def _runs(points: Sequence[Mapping[str, Any]], known: dict[str, Parameter]) -> tuple[list[str], list[str]]:
+    """The notebook trains a run: what is wrong with the runs' configurations, each problem once; and the hashes of
+    readers' own experiments."""
     from pydantic import ValidationError
 
     from ..config import RunConfig, explain, of_notebook
 
     defaults = {name: parameter.default for name, parameter in known.items()}
     problems: dict[str, None] = {}
+    sources = set()
     for point in points:
-        twice = [name for name in point.get("settings") or {} if name in point]
+        twice = [name for name in point.get("settings") or {} if name in point or defaults.get(name) is not None]
         problems |= dict.fromkeys(f"{name} is given twice, by itself and in settings; give it once" for name in twice)
         try:
-            RunConfig(**of_notebook({**defaults, **point}))
+            sources.add(RunConfig(**of_notebook({**defaults, **point})).source)
         except ValidationError as error:
             problems |= dict.fromkeys(explain(error))
-    return list(problems)
+    return list(problems), sorted(filter(None, sources))
 
 
 def _identity(digest: str, params: Mapping[str, Any]) -> str:

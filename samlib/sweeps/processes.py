@@ -48,11 +48,19 @@ def start() -> subprocess.Popen[bytes]:
 
 
 def end_marked(mark: str) -> None:
-    """End all processes with a mark: a kernel and what it started, also if the kernel itself is dead already.
+    """End all processes with a mark: a kernel and what it started, also if the kernel itself is dead already; and what
+    these started in turn, or has their session, with an environment of its own.
 
     Process groups would not do: who starts a server or a launcher of its own often gives it a group of its own.
     """
     import psutil
+
+    mine = os.getsid(0) if hasattr(os, "getsid") else None
+
+    def session(process: Any) -> int | None:
+        with suppress(OSError, AttributeError):
+            return os.getsid(process.pid)
+        return None
 
     def mark_of(process: Any) -> str | None:
         try:
@@ -61,11 +69,15 @@ def end_marked(mark: str) -> None:
             return None
 
     for _ in range(20):  # what is being ended may just have started another
-        found = [
-            process for process in psutil.process_iter() if mark_of(process) == mark and process.pid != os.getpid()
-        ]
+        every = [process for process in psutil.process_iter() if process.pid != os.getpid()]
+        found = {process for process in every if mark_of(process) == mark}
         if not found:
             return
+        sessions = {session(process) for process in found} - {mine, None}
+        found |= {process for process in every if session(process) in sessions}
+        for process in list(found):
+            with suppress(psutil.Error):
+                found |= set(process.children(recursive=True))
         for process in found:
             with suppress(psutil.Error):
                 process.kill()

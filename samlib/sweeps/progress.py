@@ -91,7 +91,10 @@ class Reporter:
         if not self._bars or status.error:
             about = f"{self.sweep.label(point)}: {status.outcome} in {status.seconds:.1f} s"
             line = f"{point.id} {about}; {self._time_left()}"
-            (self._bars.console.print if self._bars else self._show)(line)
+            if self._bars:
+                self._bars.console.print(line, markup=False, highlight=False)
+            else:
+                self._show(line)
 
     def _time_left(self) -> str:
         parts = sum(e["step"] / e["steps"] for e in self._last.values() if e.get("steps"))

@@ -9,6 +9,7 @@ import pytest
 from samlib.sweeps import planning as sweep
 from samlib.sweeps.points import COLUMNS
 
+from ..test_own_experiment import TASK
 from .conftest import RUN, notebook, samlib
 
 
@@ -152,3 +153,26 @@ def test_a_damaged_plan_is_named(tmp_path):
         (tmp_path / "sweep.json").write_text(content, encoding="utf-8")
         with pytest.raises(sweep.SweepError, match=r"cannot be read|another version"):
             sweep.load(tmp_path)
+
+
+def test_an_own_experiment_is_part_of_what_is_swept(tmp_path):
+    own = tmp_path / "my_task.py"
+    own.write_text(TASK, encoding="utf-8")
+
+    def planned():
+        settings = {"experiment": str(own), "rho": 0.1, "learning_rate": 0.1}
+        return sweep.plan(RUN, tmp_path / "out", settings, grid={"seed": [0, 1]})
+
+    first = planned()
+    first.write()
+    planned().write()
+    own.write_text(TASK.replace("Tanh", "ReLU"), encoding="utf-8")
+    edited = planned()
+    assert {p.id for p in edited.points}.isdisjoint(p.id for p in first.points)
+    with pytest.raises(sweep.SweepError, match="or of an experiment"):
+        edited.write()
+
+
+def test_what_a_notebook_gives_already_cannot_stand_in_settings(tmp_path):
+    with pytest.raises(sweep.SweepError, match="rule is given twice, by itself and in settings"):
+        sweep.plan(RUN, tmp_path / "out", {"settings": {"rule": "usam"}}, grid={"seed": [0, 1]})

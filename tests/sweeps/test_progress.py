@@ -62,3 +62,13 @@ def test_a_list_in_a_label_is_no_markup(tmp_path, monkeypatch, capsys):
     with reporter.shown():
         reporter.update()
     assert "['bold']" in capsys.readouterr().err
+
+
+def test_a_failed_point_with_brackets_is_shown(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(sys.stderr, "isatty", lambda: True)
+    monkeypatch.setenv("COLUMNS", "200")
+    planned = sweep.plan(notebook(tmp_path / "n.ipynb", 'a: str = ""'), tmp_path / "out", grid={"a": ["[/b]", "x"]})
+    reporter = Reporter(planned)
+    with reporter.shown():
+        reporter.complete(planned.points[0], Status("failed", error="ValueError", seconds=2))
+    assert "[/b]" in capsys.readouterr().err
