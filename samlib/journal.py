@@ -7,6 +7,7 @@ import json
 import numbers
 import os
 from collections.abc import Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -42,21 +43,38 @@ def record(**values: Any) -> None:
     note("record", values={name: _plain(name, value) for name, value in values.items()})
 
 
-def _plain(name: str, value: Any) -> Any:
-    """A value as JSON knows it: NumPy's and PyTorch's numbers and arrays are the numbers and lists that they hold."""
-    if value is None or isinstance(value, str | bool | int | float):
+def _plain(name: str, value: Any, within: tuple[int, ...] = ()) -> Any:
+    """A value as JSON knows it: NumPy's and PyTorch's numbers and arrays are the numbers and lists that they hold.
+
+    Args:
+        name: where it stands, for the message.
+        value: the value.
+        within: identities of the lists and dictionaries that it stands in.
+    """
+    if value is None or isinstance(value, str | bool | float):
         return value
-    if isinstance(value, Mapping):
-        return {str(key): _plain(f"{name}[{key!r}]", entry) for key, entry in value.items()}
-    if isinstance(value, list | tuple | set | frozenset):
-        return [_plain(f"{name}[{i}]", entry) for i, entry in enumerate(value)]
-    if hasattr(value, "tolist") and not isinstance(value, type):
-        return _plain(name, value.tolist())
-    if isinstance(value, numbers.Real | decimal.Decimal):
-        return float(value)
+    if isinstance(value, int) and value.bit_length() < 4096:  # what Python reads back as text
+        return value
+    path = (*within, id(value))
+    kind = getattr(getattr(value, "dtype", None), "kind", "")  # NumPy's times would become numbers
+    if id(value) not in within and len(path) < 100 and kind not in ("m", "M", "V"):
+        if isinstance(value, Mapping) and len({str(key) for key in value}) == len(value):
+            return {str(key): _plain(f"{name}[{key!r}]", entry, path) for key, entry in value.items()}
+        if isinstance(value, list | tuple | set | frozenset):
+            return [_plain(f"{name}[{i}]", entry, path) for i, entry in enumerate(value)]
+        held = value
+        with suppress(TypeError, ValueError, RuntimeError):
+            if isinstance(value, numbers.Integral):
+                held = int(value)
+            elif isinstance(value, numbers.Real | decimal.Decimal):
+                held = float(value)
+            elif hasattr(value, "tolist") and not isinstance(value, type):
+                held = value.tolist()
+        if held is not value:
+            return _plain(name, held, path)
     raise TypeError(
         "record takes numbers, text, truth values and None, and lists, dictionaries and arrays of these; "
-        f"{name} is of type {type(value).__name__}"
+        f"{name} is of type {type(value).__name__}, or cannot be written as such"
     )
 
 

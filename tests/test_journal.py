@@ -3,6 +3,7 @@
 import decimal
 import fractions
 import json
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -12,6 +13,9 @@ from samlib import train
 from samlib.journal import PROGRESS, Journal, append, note, record
 
 from .conftest import small_config
+
+CIRCLE: list = []
+CIRCLE.append(CIRCLE)
 
 
 def test_a_run_keeps_a_journal_where_it_is_asked_to(store, tmp_path, monkeypatch):
@@ -95,3 +99,29 @@ def test_text_of_any_kind_arrives(recorded):
     values = {"text": "η 日本 \n \x00", "half": "\udcc3", "nan": float("nan")}
     found = recorded(**values)
     assert json.dumps(found) == json.dumps(values)
+
+
+@pytest.mark.parametrize(
+    ("value", "name"),
+    [
+        (np.datetime64("2020-01-01", "ns"), "x"),
+        (np.array([1, Path("y")], dtype=object), r"x\[1\]"),
+        (torch.eye(2).to_sparse(), "x"),
+        (torch.empty(2, device="meta"), "x"),
+        (10**5000, "x"),
+        (decimal.Decimal("sNaN"), "x"),
+        ({1: "a", "1": "b"}, "x"),
+        ({"y": CIRCLE}, r"x\['y'\]\[0\]"),
+    ],
+    ids=["times", "objects", "sparse", "meta", "huge", "signalling", "keys", "circle"],
+)
+def test_what_cannot_be_written_is_named(value, name):
+    with pytest.raises(TypeError, match=f"record takes .*; {name} is of type"):
+        record(x=value)
+
+
+def test_numbers_of_all_kinds_are_what_they_are(tmp_path, monkeypatch):
+    monkeypatch.setenv("SAMLIB_PROGRESS", str(tmp_path / "journal"))
+    values = {"a": np.longdouble(1.5), "b": np.int64(2**53 + 1), "c": np.uint64(2**64 - 1), "d": torch.tensor(True)}
+    record(**values)
+    assert Journal(tmp_path / "journal").read()[-1]["values"] == {"a": 1.5, "b": 2**53 + 1, "c": 2**64 - 1, "d": True}

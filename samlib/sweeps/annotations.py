@@ -35,7 +35,7 @@ def annotated(node: ast.expr, aliases: Mapping[str, ast.expr] | None = None) -> 
         return _union_of([node.left, node.right], aliases)
     if isinstance(node, ast.Subscript):
         inner = node.slice.elts if isinstance(node.slice, ast.Tuple) else [node.slice]
-        return _subscripted(_last_name(node.value), inner, aliases)
+        return _subscripted(_known_name(node.value, aliases), inner, aliases)
     name = _last_name(node)
     if name in aliases:
         return annotated(aliases[name], {n: a for n, a in aliases.items() if n != name})
@@ -46,15 +46,27 @@ def _last_name(node: ast.expr) -> str:
     return node.attr if isinstance(node, ast.Attribute) else node.id if isinstance(node, ast.Name) else ""
 
 
+def _known_name(node: ast.expr, aliases: Mapping[str, ast.expr]) -> str:
+    """The name of a type, by which it may have been imported as another."""
+    for _ in aliases:
+        node = aliases.get(_last_name(node), node)
+    return _last_name(node)
+
+
 def _union_of(nodes: list[ast.expr], aliases: Mapping[str, ast.expr]) -> Kind:
     return union(*(annotated(node, aliases) or ANYTHING for node in nodes))
 
 
 def _subscripted(name: str, inner: list[ast.expr], aliases: Mapping[str, ast.expr]) -> Kind | None:
     if name == "Literal":
+        nested = [node for node in inner if isinstance(node, ast.Subscript)]  # a Literal within, whose values these are
+        if nested:
+            plain = [node for node in inner if node not in nested]
+            rest = [_subscripted(name, plain, aliases) or ANYTHING] if plain else []
+            return union(*rest, *(annotated(node, aliases) or ANYTHING for node in nested))
         try:
             choices = tuple(ast.literal_eval(node) for node in inner)
-        except ValueError:  # a member of an Enum, say
+        except (ValueError, TypeError):  # a member of an Enum, say
             return ANYTHING
         known = all(choice is None or isinstance(choice, (str, int, float)) for choice in choices)
         return Kind("choice", choices=choices) if known else ANYTHING

@@ -69,6 +69,8 @@ class Kind:
             ValueError: if it is not allowed.
         """
         try:
+            if hasattr(value, "item") and not getattr(value, "shape", None):  # a number of NumPy or PyTorch
+                value = value.item()
             return self._convert(value)
         except (ValueError, TypeError, OverflowError, KeyError, AttributeError, yaml.YAMLError):
             raise ValueError(f"must be {self}, got {value!r}") from None

@@ -75,7 +75,13 @@ def parameters(source: Path) -> dict[str, Parameter] | None:
     found: dict[str, Parameter] = {}
     aliases: dict[str, ast.expr] = {}  # Activation = Literal["relu", "tanh"]
     for node in tree.body:
-        if isinstance(node, ast.AnnAssign) and isinstance(node.target, ast.Name):
+        if isinstance(node, ast.ImportFrom | ast.Import):
+            renamed = [(n.asname, n.name.rpartition(".")[2]) for n in node.names if n.asname]
+            aliases |= {alias: ast.Name(name) for alias, name in renamed if alias != name}
+        elif isinstance(node, ast.AnnAssign) and isinstance(node.target, ast.Name) and _is_alias(node.annotation):
+            if node.value:
+                aliases[node.target.id] = node.value
+        elif isinstance(node, ast.AnnAssign) and isinstance(node.target, ast.Name):
             found[node.target.id] = _parameter(node.target.id, node.annotation, node.value, aliases)
         elif isinstance(node, ast.Assign):
             names = [t.id for t in node.targets if isinstance(t, ast.Name)]
@@ -84,11 +90,16 @@ def parameters(source: Path) -> dict[str, Parameter] | None:
     return found
 
 
+def _is_alias(annotation: ast.expr) -> bool:
+    """Whether an annotation says that what is assigned is an annotation itself."""
+    return ast.unparse(annotation).rpartition(".")[2] == "TypeAlias"
+
+
 def _parameter(name: str, annotation: ast.expr | None, value: ast.expr | None, aliases: Any) -> Parameter:
     try:
         default = ast.literal_eval(value) if value else None
         none = value is not None and default is None
-    except ValueError:
+    except (ValueError, TypeError):
         default, none = None, False
     kind = (annotated(annotation, aliases) if annotation else None) or by_default(default)
     return Parameter(name, union(kind, NONE) if none else kind, default, value is None)
@@ -106,7 +117,7 @@ def kernel_of(source: Path, wanted: str | None = None) -> tuple[str, str]:
     from jupyter_client.kernelspec import KernelSpecManager, NoSuchKernel
 
     notebook, manager = read(source), KernelSpecManager()
-    name: str | None = wanted or notebook.metadata.get("kernelspec", {}).get("name")
+    name: str | None = wanted or (notebook.metadata.get("kernelspec") or {}).get("name")
     if not name:
         language = _language(notebook)
         name = "python3" if language in _PYTHON else _speaking(manager, language)
@@ -127,7 +138,7 @@ def kernel_of(source: Path, wanted: str | None = None) -> tuple[str, str]:
 def language_of(notebook: Any) -> str | None:
     """The language that a notebook names, if it does."""
     about = notebook.metadata
-    return about.get("kernelspec", {}).get("language") or about.get("language_info", {}).get("name")
+    return (about.get("kernelspec") or {}).get("language") or (about.get("language_info") or {}).get("name")
 
 
 def _language(notebook: Any) -> str:

@@ -12,7 +12,7 @@ import hashlib
 import itertools
 import json
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -140,6 +140,15 @@ def plan(
     if known == {}:
         raise SweepError(f"{notebook} has no parameters; give the tag 'parameters' to the cell that sets them")
     settings, grid, points = settings or {}, grid or {}, points if points is not None else [{}]
+    grid = {name: _listed(values) for name, values in grid.items()}
+    problems = [
+        f"grid of {name} must be a list of values, got {values!r}"
+        for name, values in grid.items()
+        if not isinstance(values, list)
+    ]
+    problems += [f"each point must be parameters by name, got {p!r}" for p in points if not isinstance(p, Mapping)]
+    if problems:
+        raise SweepError(*problems)
     problems = [f"grid of {name} is empty; give at least one value" for name, values in grid.items() if not values]
     if not points:
         problems.append("the list of points is empty; give at least one point")
@@ -180,6 +189,14 @@ def plan(
     text = known is not None and "store" in known and known["store"].kind.takes("text")
     own_store = text and not any("store" in p for p in combined)
     return Sweep(notebook.absolute(), digest, out.absolute(), Path.cwd(), own_store, tuple(made), kernel)
+
+
+def _listed(values: Any) -> Any:
+    """Values as a list, if they are several; else as they are."""
+    if hasattr(values, "tolist"):
+        return values.tolist()
+    several = isinstance(values, Iterable) and not isinstance(values, str | bytes | Mapping)
+    return list(values) if several else values
 
 
 def _convert(params: Mapping[str, Any], known: dict[str, Parameter] | None, problems: list[str]) -> dict[str, Any]:

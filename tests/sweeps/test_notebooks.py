@@ -12,6 +12,8 @@ from samlib.sweeps.notebooks import NotebookError, content_hash, kernel_of, para
 
 from .conftest import notebook, samlib
 
+ALIASES = "from typing import Literal as L, TypeAlias\nNamed: TypeAlias = Literal['a']\n"
+
 
 def test_parameters_are_read_with_their_types(tmp_path):
     path = notebook(
@@ -96,10 +98,13 @@ def test_a_notebook_without_kernel_name_is_executed_as_python(tmp_path):
         ("Any", ["x", "1", "[1]"], []),
         ("np.ndarray", ["x", "1"], []),
         ("Literal[Colour.RED]", ["RED"], []),
+        ("L['a', 'b']", ["a"], ["c"]),
+        ("Named", ["a"], ["c"]),
+        ("Literal[Literal['a'], 'b']", ["a", "b"], ["c"]),
     ],
 )
 def test_annotations_are_checked_before_anything_starts(annotation, right, wrong, tmp_path):
-    path = notebook(tmp_path / "n.ipynb", f"Kind = Literal['x']\na: {annotation} = undefined\nb: int = 1")
+    path = notebook(tmp_path / "n.ipynb", f"{ALIASES}Kind = Literal['x']\na: {annotation} = undefined\nb: int = 1")
     for value in right:
         sweep.plan(path, tmp_path / "out", grid={"a": [value]})
     for value in wrong:

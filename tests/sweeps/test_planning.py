@@ -4,6 +4,7 @@ import multiprocessing
 import subprocess
 import sys
 
+import numpy as np
 import pytest
 
 from samlib.sweeps import planning as sweep
@@ -176,3 +177,31 @@ def test_an_own_experiment_is_part_of_what_is_swept(tmp_path):
 def test_what_a_notebook_gives_already_cannot_stand_in_settings(tmp_path):
     with pytest.raises(sweep.SweepError, match="rule is given twice, by itself and in settings"):
         sweep.plan(RUN, tmp_path / "out", {"settings": {"rule": "usam"}}, grid={"seed": [0, 1]})
+
+
+@pytest.mark.parametrize(
+    ("kind", "values", "expected"),
+    [
+        ("float", np.linspace(0, 1, 3), [0.0, 0.5, 1.0]),
+        ("int", [np.int64(2**53 + 1)], [2**53 + 1]),
+        ("bool", [np.True_, np.False_], [True, False]),
+        ("int", (i for i in range(2)), [0, 1]),
+        ("float", "abc", None),
+        ("float", 3, None),
+        ("float", [np.True_], None),
+    ],
+)
+def test_grids_from_python(tmp_path, kind, values, expected):
+    path = notebook(tmp_path / "n.ipynb", f"a: {kind} = 1")
+    if expected is None:
+        with pytest.raises(sweep.SweepError, match=r"a must be"):
+            sweep.plan(path, tmp_path / "out", grid={"a": values})
+        return
+    found = [p.params["a"] for p in sweep.plan(path, tmp_path / "out", grid={"a": values}).points]
+    assert found == expected
+    assert [type(value) for value in found] == [type(value) for value in expected]
+
+
+def test_points_are_parameters_by_name(tmp_path):
+    with pytest.raises(sweep.SweepError, match="each point must be parameters by name, got 'a=1'"):
+        sweep.plan(notebook(tmp_path / "n.ipynb", "a = 1"), tmp_path / "out", points=["a=1"])
