@@ -46,7 +46,7 @@ class HessianOperator:
         self.retain_graph = objective.retain_graph if retain_graph is None else retain_graph
         self.matvecs = 0
         self.shape = (objective.size, objective.size)
-        params = objective.checked(params)
+        params = objective.checked(params, numbers=True)
         self.dtype, self.device = params.dtype, params.device
         self._params = leaf(params, own=True)
         layout = objective.layout

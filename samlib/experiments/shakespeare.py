@@ -32,7 +32,7 @@ SHAKESPEARE = Experiment(
     settings=TransformerSettings,
     profiles={
         "quick": _ALL | {"width": 32, "depth": 2, "heads": 2, "batch_size": 32, "steps": 200, "measure_every": 10},
-        "reduced": _ALL | {"width": 64, "depth": 2, "heads": 4, "batch_size": 32, "steps": 500, "measure_every": 20},
+        "reduced": _ALL | {"width": 64, "depth": 2, "heads": 4, "batch_size": 32, "steps": 800, "measure_every": 20},
         "paper": _ALL | {"width": 128, "depth": 6, "heads": 8, "batch_size": 128, "steps": 10_000, "measure_every": 50},
     },
     chunk=128,

@@ -132,17 +132,21 @@ class Objective:
         with isolated(self.layout.device, self.data.streamed):
             return self.replacing({**self.layout.split(params), **(fixed or {})}, function)
 
-    def checked(self, params: Tensor) -> Tensor:
+    def checked(self, params: Tensor, numbers: bool = False) -> Tensor:
         """The parameters, if they are a vector (P,) that can be used as w.
 
+        Args:
+            params: w.
+            numbers: whether what is computed has no graph, so that nothing can be differentiated by w.
+
         Raises:
-            TypeError: if they are no tensor, or one of ``torch.func``.
+            TypeError: if they are no tensor, or one of ``torch.func`` where there is no graph.
             ValueError: if they have another shape, or another type than the module's own.
         """
         gives = "flatten_parameters(model, parameters) gives one"
         if not isinstance(params, Tensor):
             raise TypeError(f"params must be a vector, a tensor (P,), got {type(params).__name__}; {gives}")
-        if torch._C._functorch.is_functorch_wrapped_tensor(params):
+        if numbers and torch._C._functorch.is_functorch_wrapped_tensor(params):
             raise TypeError(
                 "an objective cannot be differentiated or mapped by torch.func: its values and gradients are numbers. "
                 "Use gradient, HessianOperator, or samlib.objective.pure_loss(model, loss)"
@@ -222,11 +226,11 @@ class Objective:
                 value += loss
             return value
 
-        return self.within(params, total)
+        return self.within(self.checked(params, numbers=True), total)
 
     def value_and_gradient(self, params: Tensor) -> tuple[Tensor, Tensor]:
         """ℓ(w) and ∇ℓ(w), shapes () and (P,)."""
-        w = leaf(self.checked(params))
+        w = leaf(self.checked(params, numbers=True))
 
         def accumulate() -> tuple[Tensor, Tensor]:
             value, gradient = torch.zeros((), dtype=w.dtype, device=w.device), None
