@@ -45,6 +45,7 @@ bench: setup book
 	$(BIN)/python benchmarks/sharpness.py
 	$(BIN)/python benchmarks/costs.py
 	$(BIN)/python benchmarks/monitor.py
+	$(BIN)/python benchmarks/reference.py
 	$(BIN)/python benchmarks/site_lcp.py
 	-$(BIN)/python benchmarks/sweep_overhead.py
 
