@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import io
 import re
+from typing import Any
 
 import matplotlib as mpl
+import numpy as np
 import pandas as pd
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure as Canvas
@@ -59,25 +61,32 @@ def seen(run: Run) -> str:
 
 
 def story(axis: Axes, frame: pd.DataFrame, size: float = 1, named: bool = True) -> None:
-    """Operator norm and both edges of one run, by default with names on the curves."""
-    middle = len(frame) // 2
-    for quantity, offset in (("gd_edge", 6), ("edge", -16), ("operator_norm", 8)):
+    """Operator norm and both edges of one run, by default with names where the curves end."""
+    for quantity in ("gd_edge", "edge", "operator_norm"):
         dash = (0, (5, 2)) if quantity == "gd_edge" else "-"
         axis.plot(frame.step, frame[quantity], color=COLOURS[quantity], linestyle=dash, linewidth=2.4 * size)
-        if not named:
-            continue
-        axis.annotate(
-            LABELS[quantity],
-            (frame.step[middle], frame[quantity][middle]),
-            (0, offset * size),
-            textcoords="offset points",
-            color=COLOURS[quantity],
-            weight="bold",
-            ha="center",
-            fontsize=11 * size,
-        )
     axis.set(yscale="log", xlabel="step", ylabel="curvature")
+    axis.margins(x=0.02)
     plain_log(axis)
+    if named:
+        _name_the_ends(axis, frame, size)
+
+
+def _name_the_ends(axis: Axes, frame: pd.DataFrame, size: float) -> None:
+    """Each name stands at its curve's height, moved until none covers another."""
+    low, high = np.log(axis.get_ylim())
+    ends = {
+        name: float((np.log(frame[name].iloc[-1]) - low) / (high - low))
+        for name in ("edge", "operator_norm", "gd_edge")
+    }
+    free = 0.0
+    for name, height in sorted(ends.items(), key=lambda end: end[1]):
+        ends[name] = max(height, free)
+        free = ends[name] + 0.09 * size
+    beyond = max(0.0, free - 0.09 * size - 1)
+    for name, height in ends.items():
+        words: dict[str, Any] = {"color": COLOURS[name], "weight": "bold", "fontsize": 11 * size, "va": "center"}
+        axis.text(1.01, height - beyond, LABELS[name], transform=axis.transAxes, **words)
 
 
 def standalone(run: Run) -> str:
@@ -86,7 +95,7 @@ def standalone(run: Run) -> str:
     with mpl.rc_context(style):
         canvas = Canvas(figsize=(9, 3.6))
         # No layout that depends on how wide a machine's letters are.
-        axis = canvas.add_axes((0.07, 0.17, 0.91, 0.74))
+        axis = canvas.add_axes((0.07, 0.17, 0.67, 0.74))
         story(axis, tidy([run], "operator_norm", "edge", "gd_edge"), size=1.3)
         buffer = io.StringIO()
         canvas.savefig(buffer, format="svg", metadata={"Date": None})
