@@ -39,7 +39,7 @@ def headline(run: Run) -> Figure:
     frame = tidy([run], "operator_norm", "edge", "gd_edge")
 
     def draw(canvas: Canvas) -> pd.DataFrame:
-        story(canvas.subplots(), frame)
+        story(canvas.subplots(), frame, size=0.9)
         return frame
 
     config, last = run.config, run.last
@@ -48,7 +48,8 @@ def headline(run: Run) -> Figure:
         f"{config.profile}: at step {last.step:.0f} the ratio of operator norm and SAM edge is {last.edge_ratio:.2f}, "
         f"and 2/η is {last.gd_edge / last.edge:.1f} times the SAM edge."
     )
-    return drawing(draw, (7, 3.4), "headline", seen(run), caption, [run])
+    # So narrow that a phone shows all of it; elsewhere it is enlarged.
+    return drawing(draw, (4.2, 2.7), "headline", seen(run), caption, [run], most=1.8)
 
 
 def seen(run: Run) -> str:

@@ -135,8 +135,14 @@ class _Powers(mpl.ticker.LogFormatter):
         return "10" + str(int(exponent)).translate(str.maketrans("0123456789-", "⁰¹²³⁴⁵⁶⁷⁸⁹⁻"))
 
 
-def render(canvas: Canvas, alt: str) -> str:
-    """A Matplotlib figure as inline SVG: transparent, in the page's text colour, with an accessible name."""
+def render(canvas: Canvas, alt: str, most: float = 1.5) -> str:
+    """A Matplotlib figure as inline SVG: transparent, in the page's text colour, with an accessible name.
+
+    Args:
+        canvas: the figure.
+        alt: what it shows.
+        most: how far it is enlarged where there is room, in pixels per point.
+    """
     for part in canvas.axes:
         for axis in (part.xaxis, part.yaxis):
             if isinstance(axis.get_major_formatter(), mpl.ticker.LogFormatterMathtext):
@@ -155,7 +161,7 @@ def render(canvas: Canvas, alt: str) -> str:
     assert box
     label = html.escape(alt, quote=True)
     width = float(box[1])
-    size = f"width:100%;min-width:{LEAST * width:.0f}px;max-width:{1.5 * width:.0f}px;height:auto"
+    size = f"width:100%;min-width:{LEAST * width:.0f}px;max-width:{most * width:.0f}px;height:auto"
     head = f'<svg role="img" aria-label="{label}" {box[0]} style="{size}"'
     head += ' xmlns="http://www.w3.org/2000/svg" xmlns:xlink="http://www.w3.org/1999/xlink">'
     return re.sub(r"\n\s*", "\n", head + svg[opening.end() :])
@@ -168,6 +174,7 @@ def drawing(
     alt: str,
     caption: str,
     runs: Sequence[Run] = (),
+    most: float = 1.5,
 ) -> Figure:
     """A figure of one's own in the book's style.
 
@@ -178,11 +185,12 @@ def drawing(
         alt: what the picture shows.
         caption: the line under it.
         runs: the runs behind it, if any.
+        most: as for :func:`render`.
     """
     with mpl.rc_context(STYLE):
         canvas = Canvas(figsize=size, layout="constrained")
         data = draw(canvas)
-        svg = render(canvas, alt)
+        svg = render(canvas, alt, most)
     return Figure(svg, alt, caption, data, tuple(runs), name, wide=size[0] > COLUMN)
 
 
