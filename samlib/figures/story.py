@@ -49,7 +49,7 @@ def headline(run: Run) -> Figure:
         f"and 2/η is {last.gd_edge / last.edge:.1f} times the SAM edge."
     )
     # So narrow that a phone shows all of it; elsewhere it is enlarged.
-    return drawing(draw, (4.2, 2.7), "headline", seen(run), caption, [run], most=1.8)
+    return drawing(draw, (4.1, 2.7), "headline", seen(run), caption, [run], most=1.8)
 
 
 def seen(run: Run) -> str:
