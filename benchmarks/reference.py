@@ -20,9 +20,9 @@ from common import record, side_by_side
 
 from samlib import RunConfig
 from samlib.experiments.task import Task
+from samlib.optim import EPSILON
 from samlib.trajectory import Trajectory
 
-EPSILON = 1e-5  # in SAM's normaliser
 RATE, RHO = 0.1, 0.1
 STEPS = {200: 10, 1000: 2}  # timed at a time, by width
 

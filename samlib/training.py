@@ -61,8 +61,7 @@ def train(
     if run is None:
         task = _task(config, dataset)
         task.experiment.try_out(task)
-        if config.eigenvalues > len(task.initial_parameters()):
-            size = len(task.initial_parameters())
+        if config.eigenvalues > (size := task.everything().size):
             raise ValueError(f"eigenvalues must be at most the {size} parameters, got {config.eigenvalues}")
         RULES[config.rule].check(task)
         for name in config.observables:

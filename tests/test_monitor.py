@@ -46,6 +46,18 @@ def small_data(n=12):
     return numbers(n, 4), numbers(n, 3, seed=1)
 
 
+def closing(model, optimizer, x, y):
+    """The closure that an optimizer steps with."""
+
+    def closure():
+        optimizer.zero_grad()
+        loss = mse_loss(model(x), y)
+        loss.backward()
+        return loss
+
+    return closure
+
+
 def dense_hessian(model, loss, inputs, targets, parameters):
     """∂²ℓ/∂w², and the gradient, of the module as it stands, one row at a time."""
     with sdpa_kernel(SDPBackend.MATH):
@@ -236,13 +248,7 @@ def test_the_gradient_of_sams_kin_is_the_one_that_they_step_with(settings):
     model, (x, y) = mlp(), small_data()
     optimizer = SAM(model.parameters(), rho=0.3, lr=0.1, **settings)
     row = EdgeMonitor(model, mse_loss, (x, y), optimizer).measure()
-
-    def closure():
-        optimizer.zero_grad()
-        loss = mse_loss(model(x), y)
-        loss.backward()
-        return loss
-
+    closure = closing(model, optimizer, x, y)
     optimizer.step(closure)
     taken = nn.utils.parameters_to_vector([p.grad for p in model.parameters()])
     assert row["sam_grad_norm"] == pytest.approx(float(taken.norm()), rel=1e-9)
@@ -601,13 +607,7 @@ def test_between_true_gradients_the_row_is_of_the_direction_that_is_held(every, 
     x, y = small_data()
     model = mlp()
     optimizer = SAM(model.parameters(), SGD, rho=0.5, lr=0.1, every=every, beta=beta)
-
-    def closure():
-        optimizer.zero_grad()
-        loss = mse_loss(model(x), y)
-        loss.backward()
-        return loss
-
+    closure = closing(model, optimizer, x, y)
     optimizer.step(closure)
     row = EdgeMonitor(model, mse_loss, (x, y), optimizer).measure()
     optimizer.step(closure)

@@ -39,6 +39,7 @@ from ..datasets import Dataset
 from ..datasets.base import Probed
 from ..features import Labelled, ProbeSets
 from ..files import as_path
+from ..objective.isolation import random_numbers_kept
 from ..settings import Settings, Truth, number
 from .base import PROFILES, Experiment, Metric, joined
 
@@ -190,16 +191,11 @@ def _kind(annotation: Any) -> Any:
 @contextmanager
 def _seeded(seed: int) -> Iterator[None]:
     """All the usual random numbers, seeded inside and afterwards as before."""
-    python, numpy = random.getstate(), np.random.get_state()  # noqa: NPY002
-    with torch.random.fork_rng():
+    with random_numbers_kept():
         torch.manual_seed(seed)
         random.seed(seed)
         np.random.seed(seed % 2**32)  # noqa: NPY002
-        try:
-            yield
-        finally:
-            random.setstate(python)
-            np.random.set_state(numpy)  # noqa: NPY002
+        yield
 
 
 def _evaluate(name: str, task: Task) -> None:

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.utils import parametrize
 
-__all__ = ["isolated", "leaf", "undisturbed"]
+__all__ = ["isolated", "leaf", "random_numbers_kept", "undisturbed"]
 
 
 @contextmanager
@@ -53,6 +53,19 @@ def leaf(params: Tensor, own: bool = False) -> Tensor:
 
 
 @contextmanager
+def random_numbers_kept() -> Iterator[None]:
+    """All the usual sources of random numbers are afterwards as they were."""
+    python, numpy = random.getstate(), np.random.get_state()  # noqa: NPY002
+    devices = range(torch.cuda.device_count()) if torch.cuda.is_initialized() else ()
+    with torch.random.fork_rng(devices=list(devices)):
+        try:
+            yield
+        finally:
+            random.setstate(python)
+            np.random.set_state(numpy)  # noqa: NPY002
+
+
+@contextmanager
 def undisturbed(model: nn.Module, data: Any = None, evaluation: bool = True) -> Iterator[None]:
     """Modes of a module and all random numbers are afterwards what they were.
 
@@ -66,9 +79,7 @@ def undisturbed(model: nn.Module, data: Any = None, evaluation: bool = True) -> 
     samplers.append(getattr(samplers[2], "sampler", None))
     owned = {id(g): g for s in samplers if isinstance(g := getattr(s, "generator", None), torch.Generator)}
     states = [(g, g.get_state()) for g in owned.values()]
-    python, numpy = random.getstate(), np.random.get_state()  # noqa: NPY002
-    devices = range(torch.cuda.device_count()) if torch.cuda.is_initialized() else ()
-    with torch.random.fork_rng(devices=list(devices)):
+    with random_numbers_kept():
         try:
             for module, training in modes:
                 module.training = training and not evaluation
@@ -78,5 +89,3 @@ def undisturbed(model: nn.Module, data: Any = None, evaluation: bool = True) -> 
                 module.training = training
             for generator, state in states:
                 generator.set_state(state)
-            random.setstate(python)
-            np.random.set_state(numpy)  # noqa: NPY002
