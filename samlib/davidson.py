@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from .lowrank import LowRank, correction
-from .ritz import SearchSpace, miss_probability, norms
+from .ritz import SearchSpace, miss_probability
 
 __all__ = ["CLOSEST", "MISS", "Pairs", "Search", "Wanted"]
 
@@ -23,7 +23,8 @@ MISS, DEAR = 0.001, 0.1  # a check ends once an eigenvalue is missed with this p
 class Wanted:
     """Which pairs are looked for, and how exactly: ``high`` from the top, ``low`` from the bottom.
 
-    With ``largest`` that many by magnitude, from whichever end.
+    With ``largest`` that many by magnitude, from whichever end. With ``separate`` also what lies next to the principal
+    value, as well as it takes to tell the two apart.
     """
 
     high: int
@@ -32,6 +33,7 @@ class Wanted:
     low_tol: float
     value_tol: float
     largest: int | None = None
+    separate: bool = False
 
     def __post_init__(self) -> None:
         if not self.tol > 0 or not self.low_tol > 0:
@@ -50,8 +52,13 @@ class Wanted:
         return sorted(theta.abs().argsort(descending=True)[: self.largest].tolist())
 
     def nearest(self, count: int, room: int) -> list[int]:
-        """Indices of ``room`` of ``count`` values: the wanted ones and, on the side wanted most, those next to them."""
+        """Indices of ``room`` of ``count`` values: the wanted ones and, on the side wanted most, those next to them.
+
+        Where the principal value is to be told from the next, one on the other side too.
+        """
         spare = max(room - self.high - self.low, 0)
+        if self.separate and self.low and spare > 1:
+            return _ends(count, self.high + spare - 1, self.low + 1)
         if self.high >= self.low:
             return _ends(count, self.high + spare, self.low)
         return _ends(count, self.high, self.low + spare)
@@ -101,13 +108,9 @@ class Pairs:
         theta, rotation = torch.linalg.eigh(projected)
         theta, rotation = theta.flip(0), rotation.mT.flip(0)  # largest first
         norm, chosen = float(theta.abs().max()), wanted.choose(theta)
-        turn, values = rotation[chosen].to(space.basis), theta[chosen]
-        vectors = turn @ space.basis
-        misses = (turn @ space.image).addcmul_(values[:, None].to(vectors), vectors, value=-1)
+        values = theta[chosen]
+        vectors, misses, residuals = space.ritz(rotation[chosen], values, norm)
         unit = max(norm, torch.finfo(vectors.dtype).tiny)  # squares of very large or small numbers leave the dtype
-        # Rounding can hide in a residual that is computed from rotated images.
-        rounding = 8 * len(theta) ** 0.5 * torch.finfo(vectors.dtype).eps * norm
-        residuals = norms(misses, unit).cpu() + rounding
         # Whichever pair carries the operator norm has the tight tolerance, at either end.
         tight = torch.tensor([bool(wanted.largest) or i < wanted.high for i in chosen]) | (values.abs() == norm)
         tolerances = theta.new_tensor([wanted.tol, wanted.low_tol])
@@ -162,10 +165,10 @@ class Search:
                 if self.asymmetric and float(pairs.residuals[pairs.open].max()) <= space.asymmetry * pairs.norm:
                     return pairs  # more products would not help
                 self._refine(pairs)
-            elif self._checked:
-                return pairs
-            else:
+            elif not self._checked:
                 self._begin_check(pairs)
+            elif not self.wanted.separate or not self._separate(pairs):
+                return pairs
 
     @property
     def asymmetric(self) -> bool:
@@ -193,16 +196,44 @@ class Search:
             self._advance()
         else:
             at = max(pairs.open, key=lambda i: float(pairs.theta[pairs.chosen[i]].abs()))
-            index, row = pairs.chosen[at], pairs.misses[at]
-            if self.model:
-                value = float(pairs.theta[index])
-                row = correction(row, value, self.wanted.upper(index, value), self.model, CLOSEST * pairs.norm)
-            if len(space) == space.limit:
-                self._restart(pairs)
-            if not space.extend([row]):
-                space.extend([self.random()])
+            index, value = pairs.chosen[at], float(pairs.theta[pairs.chosen[at]])
+            self._take_up(pairs, pairs.misses[at], value, self.wanted.upper(index, value))
         for _ in range(len(space) // 32 - 1):  # where Rayleigh–Ritz has become dear
             self._advance()
+
+    def _take_up(self, pairs: Pairs, row: Tensor, value: float, upper: bool) -> None:
+        """What a pair misses, preconditioned."""
+        if self.model:
+            row = correction(row, value, upper, self.model, CLOSEST * pairs.norm)
+        if len(self.space) == self.space.limit:
+            self._restart(pairs)
+        if not self.space.extend([row]):
+            self.space.extend([self.random()])
+
+    def _separate(self, pairs: Pairs) -> bool:
+        """Take up what a pair misses that may be mixed with the principal one; false if there is none.
+
+        An eigenvalue lies within a pair's residual of its value, and by estimate within residual²/gap of it, the gap
+        being that to the rest. A pair for which this may be within the tolerance of the principal value is refined,
+        until it is not, or until the pair is known as well as the principal one.
+        """
+        theta, within = pairs.theta, self.wanted.tol * pairs.norm
+        principal = int(theta.abs().argmax())
+        apart = (theta - theta[principal]).abs()
+        for index in apart.argsort().tolist():
+            if index in pairs.chosen:
+                continue
+            _, misses, residuals = self.space.ritz(pairs.rotation[[index]], theta[[index]], pairs.norm)
+            residual, others = float(residuals), (theta - theta[index]).abs()
+            others[[index, principal]] = math.inf
+            gap = float(others.min())
+            error = min(2 * residual * (residual / gap), residual) if residual < gap < math.inf else residual
+            if residual > within and float(apart[index]) - error <= within and not self.asymmetric:
+                self._take_up(pairs, misses[0], float(theta[index]), bool(theta[principal] > 0))
+                return True
+            if float(apart[index]) > within:
+                break
+        return False
 
     def _advance(self) -> None:
         """One more Lanczos step, or a random vector where it has come to its end."""

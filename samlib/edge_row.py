@@ -35,10 +35,11 @@ class Curvature(SymmetricOperator, Protocol):
 def both_ends(
     operator: SymmetricOperator, count: int, start: Any, tol: float, generator: torch.Generator
 ) -> EigenResult:
-    """The ``count`` largest pairs and the smallest one: warm from an earlier result's model, or checked from cold."""
+    """The ``count`` largest pairs and the smallest one: warm from an earlier result's model, or checked from cold; and
+    what may be mixed with the principal one."""
     explore = 6 if start is None else 0
     low = 1 if count < operator.shape[0] else 0  # else it is among them
-    return extreme_eigenpairs(operator, count, low, start, tol, generator=generator, explore=explore)
+    return extreme_eigenpairs(operator, count, low, start, tol, generator=generator, explore=explore, separate=True)
 
 
 @dataclass(eq=False)

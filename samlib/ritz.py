@@ -143,6 +143,21 @@ class SearchSpace:
         """The image of the last vector beside the space, as a unit vector, and its length; see :func:`orthonormal`."""
         return orthonormal(self.basis, self.image[-1])
 
+    def ritz(self, rotation: Tensor, theta: Tensor, norm: float) -> tuple[Tensor, Tensor, Tensor]:
+        """Ritz vectors v and H v − θ v as rows, and bounds on ‖H v − θ v‖.
+
+        Args:
+            rotation: the vectors in the space's coordinates, as rows.
+            theta: their values.
+            norm: the largest |θ| of the space.
+        """
+        turn = rotation.to(self.basis)
+        vectors = turn @ self.basis
+        misses = (turn @ self.image).addcmul_(theta[:, None].to(vectors), vectors, value=-1)
+        # Rounding can hide in a residual that is computed from rotated images.
+        rounding = 8 * len(self) ** 0.5 * torch.finfo(vectors.dtype).eps * norm
+        return vectors, misses, norms(misses, max(norm, torch.finfo(vectors.dtype).tiny)).cpu() + rounding
+
     def rotate(self, rotation: Tensor) -> None:
         """Keep only some combinations of the vectors; the rows of ``rotation`` are orthonormal."""
         turn = rotation.to(self.basis)
