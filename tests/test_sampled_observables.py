@@ -1,6 +1,7 @@
 """Own objectives and sampled traces against dense Hessians and closed forms."""
 
 import math
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -10,6 +11,7 @@ from torch import nn
 from samlib import Run, train
 from samlib.experiments.task import Task
 from samlib.observables import measure
+from samlib.observables.curvature import FINITE_DIFFERENCE_NORM
 from samlib.observables.sampled import RADII, own_objective
 from samlib.rules import optimizer
 
@@ -134,3 +136,33 @@ def test_a_run_reads_them_and_keeps_its_path(store):
     assert isinstance(with_them, Run)
     assert with_them.measurements.loss.tolist() == without.measurements.loss.tolist()
     assert with_them.measurements.own_sharpness.notna().all()
+
+
+def test_finite_differences_of_a_smooth_loss_read_its_hessian():
+    task, w, loss = at(tiny(observables="edge,finite_difference_norm", tolerance=1e-8))
+    row = measure(task, w)
+    norm = float(torch.linalg.eigvalsh(dense(loss, w)).abs().max())
+    divisor = 2e-3 / (2e-3 + 1e-5)  # the reference's
+    assert row["converged_norm"] == pytest.approx(norm * divisor, rel=1e-4)
+    assert 1 < row["converged_matvecs"] < 10  # it begins at the eigenvector
+    assert row["reference_norm"] == pytest.approx(norm * divisor, rel=0.02)
+    assert row["reference_norm"] < row["converged_norm"]  # from below, and stopped early
+    assert [row[f"difference_{s}"] for s in ("0.001", "0.0001")] == pytest.approx([norm, norm], rel=1e-4)
+
+
+def test_an_iteration_that_goes_on_changing_has_no_norm():
+    class Turning:
+        """Differences of gradients that are not those of any function: the norm never settles."""
+
+        calls = 0
+
+        def __call__(self, params):
+            self.calls += 1
+            return params * (1 + self.calls % 7)
+
+    point = SimpleNamespace(
+        params=torch.ones(4), principal=torch.full((4,), 0.5), objective=SimpleNamespace(gradient=Turning())
+    )
+    row = FINITE_DIFFERENCE_NORM.measure(point)
+    assert math.isnan(row["converged_norm"])
+    assert row["converged_matvecs"] == 100
