@@ -23,6 +23,7 @@ __all__ = [
     "Truth",
     "Whole",
     "explain",
+    "in_one_line",
     "names",
     "number",
     "validated",
@@ -111,3 +112,8 @@ def explain(error: ValidationError) -> list[str]:
             whole = problem["type"] == "value_error" and not message.startswith("must ")
             lines.append(message if whole or not name else f"{name} {message}, got {problem['input']!r}")
     return list(dict.fromkeys(lines))
+
+
+def in_one_line(error: BaseException) -> str:
+    """An error's kind and the first line of what it says."""
+    return f"{type(error).__name__}: {error}".splitlines()[0]

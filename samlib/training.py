@@ -23,6 +23,7 @@ from .observables import OBSERVABLES
 from .provenance import commit, processor
 from .rules import RULES
 from .runs import Run, RunStore
+from .settings import in_one_line
 from .trajectory import OutOfTime, Trajectory
 
 __all__ = ["OutOfTime", "commit", "processor", "train", "train_grid"]
@@ -139,8 +140,9 @@ def _task(config: RunConfig, dataset: Dataset) -> Task:
     except Exception as error:
         if not config.source:
             raise
-        said = f"{type(error).__name__}: {error}".splitlines()[0]
-        raise ValueError(f"experiment {config.experiment}: model and loss cannot be evaluated: {said}") from error
+        raise ValueError(
+            f"experiment {config.experiment}: model and loss cannot be evaluated: {in_one_line(error)}"
+        ) from error
 
 
 def _data(config: RunConfig) -> tuple[Any, ...]:

@@ -23,6 +23,7 @@ import random
 import sys
 import types
 import typing
+import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -40,7 +41,7 @@ from ..datasets.base import Probed
 from ..features import Labelled, ProbeSets
 from ..files import as_path
 from ..objective.isolation import random_numbers_kept
-from ..settings import Settings, Truth, number
+from ..settings import Settings, Truth, in_one_line, number
 from .base import PROFILES, Experiment, Metric, joined
 
 if TYPE_CHECKING:
@@ -77,7 +78,15 @@ def own_experiment(name: str) -> Experiment:
     def model(config: RunConfig, _: Dataset) -> nn.Module:
         # Anew, under the run's seed: the first call was for the data. A copy, as it may be one that the file keeps.
         given = {key: getattr(config, key) for key in settings.model_fields}
-        return copy.deepcopy(_call(name, build, given, config.seed)["model"])
+        built = _call(name, build, given, config.seed)["model"]
+        if built is made(config)["model"]:
+            warnings.warn(
+                f"experiment {name} returns one and the same model at each call, so the run's seed does not change its "
+                "initial weights; make it inside of the function",
+                UserWarning,
+                stacklevel=2,
+            )
+        return copy.deepcopy(built)
 
     def metric(config: RunConfig) -> Metric:
         return joined(made(config).get("metric") or made(config)["loss"])
@@ -115,7 +124,7 @@ def _function(name: str) -> tuple[Callable[..., Any], str]:
         try:
             module = importlib.import_module(place)
         except (Exception, SystemExit) as error:
-            raise ValueError(f"experiment {name}: {place} cannot be imported ({_reason(error)})") from None
+            raise ValueError(f"experiment {name}: {place} cannot be imported ({in_one_line(error)})") from None
         source = hashlib.sha256(Path(module.__file__ or "").read_bytes()).hexdigest() if module.__file__ else ""
     build = getattr(module, attribute, None)
     if not callable(build):
@@ -140,7 +149,7 @@ def _from_file(name: str, path: Path, source: str) -> ModuleType:
             spec.loader.exec_module(module)
     except (Exception, SystemExit) as error:
         del sys.modules[title]
-        raise ValueError(f"experiment {name} cannot be read: {_reason(error)}") from None
+        raise ValueError(f"experiment {name} cannot be read: {in_one_line(error)}") from None
     finally:
         sys.path.remove(folder)
     return module
@@ -209,7 +218,7 @@ def _evaluate(name: str, task: Task) -> None:
         try:
             evaluate()
         except Exception as error:
-            raise ValueError(f"experiment {name}: {what} cannot be evaluated: {_reason(error)}") from None
+            raise ValueError(f"experiment {name}: {what} cannot be evaluated: {in_one_line(error)}") from None
 
 
 def _call(name: str, build: Callable[..., Any], settings: dict[str, Any], seed: int = 0) -> dict[str, Any]:
@@ -217,7 +226,7 @@ def _call(name: str, build: Callable[..., Any], settings: dict[str, Any], seed: 
         with _seeded(seed):
             parts = build(**settings)
     except (Exception, SystemExit) as error:
-        raise ValueError(f"experiment {name} raised {_reason(error)}") from None
+        raise ValueError(f"experiment {name} raised {in_one_line(error)}") from None
     if not isinstance(parts, dict) or not set(_PARTS) <= parts.keys():
         wanted = f"a dictionary with {', '.join(_PARTS)}"
         got = (
@@ -262,7 +271,7 @@ def _dataset(name: str, parts: dict[str, Any], config: RunConfig) -> Dataset:
     except (TypeError, ValueError) as error:
         raise ValueError(
             f"experiment {name}: probes must be two pairs of inputs and labels by name, to train on and to test on "
-            f"({_reason(error)})"
+            f"({in_one_line(error)})"
         ) from None
 
 
@@ -277,7 +286,7 @@ def _tensors(name: str, key: str, part: Any) -> Any:
                 value = np.ascontiguousarray(value, value.dtype.newbyteorder("="))
             made = torch.as_tensor(value).detach().cpu()
         except (TypeError, ValueError, RuntimeError, NotImplementedError) as error:
-            raise ValueError(f"experiment {name}: {key} cannot be read as tensors ({_reason(error)})") from None
+            raise ValueError(f"experiment {name}: {key} cannot be read as tensors ({in_one_line(error)})") from None
         if made.layout != torch.strided or not made.dim() or made.is_complex():
             raise ValueError(
                 f"experiment {name}: {key} must hold dense, real tensors with the examples first, got {made.dtype} of "
@@ -288,7 +297,3 @@ def _tensors(name: str, key: str, part: Any) -> Any:
         return made
 
     return pytree.tree_map(tensor, part)
-
-
-def _reason(error: BaseException) -> str:
-    return f"{type(error).__name__}: {error}".splitlines()[0]

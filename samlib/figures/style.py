@@ -43,6 +43,7 @@ __all__ = [
 
 FOREGROUND = "#010203"  # becomes the page's text colour
 LEAST = 1.15  # a picture's points are drawn at this many pixels or more, so that its text of 10 points can be read
+MOST = 1.5  # and at this many at most, where there is room
 COLUMN = 7.5  # a wider picture, in inches, needs the margin too
 
 COLOURS = {
@@ -135,7 +136,7 @@ class _Powers(mpl.ticker.LogFormatter):
         return "10" + str(int(exponent)).translate(str.maketrans("0123456789-", "⁰¹²³⁴⁵⁶⁷⁸⁹⁻"))
 
 
-def render(canvas: Canvas, alt: str, most: float = 1.5) -> str:
+def render(canvas: Canvas, alt: str, most: float = MOST) -> str:
     """A Matplotlib figure as inline SVG: transparent, in the page's text colour, with an accessible name.
 
     Args:
@@ -174,7 +175,7 @@ def drawing(
     alt: str,
     caption: str,
     runs: Sequence[Run] = (),
-    most: float = 1.5,
+    most: float = MOST,
 ) -> Figure:
     """A figure of one's own in the book's style.
 
