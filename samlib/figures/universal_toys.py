@@ -13,9 +13,19 @@ from matplotlib.figure import Figure as Canvas
 from .shapes import panels
 from .style import COLOURS, FOREGROUND, Figure, drawing
 
-__all__ = ["drift", "hyperbola", "resting_places"]
+__all__ = ["drift", "hyperbola", "resting_places", "rule"]
 
 BLUE, GREY = COLOURS["operator_norm"], COLOURS["gd_edge"]
+
+
+def rule(name: Any) -> str:
+    """How pages call a rule of the toys: GD, SAM, Frobenius, trace, determinant."""
+    return {"gd": "GD", "sam": "SAM", "frobenius": "Frobenius"}.get(name, str(name))
+
+
+def _kinds(table: pd.DataFrame) -> pd.Series:
+    """Rule, directions and their number, in words."""
+    return table.name.map(rule) + np.where(table.paired, ", paired", ", plain") + ", n = " + table.samples.astype(str)
 
 
 def resting_places(table: pd.DataFrame) -> Figure:
@@ -25,8 +35,7 @@ def resting_places(table: pd.DataFrame) -> Figure:
 
     def panel(measure: str) -> Callable[[Axes], None]:
         part = shown[shown.measure == measure]
-        kinds = part.name + np.where(part.paired, ", paired", ", plain") + ", n = " + part.samples.astype(str)
-        kinds = kinds.where(part.name != "sam", "SAM")
+        kinds = _kinds(part).where(part.name != "sam", "SAM")
 
         def draw(axis: Axes) -> None:
             rows = list(dict.fromkeys(kinds))
@@ -47,11 +56,15 @@ def resting_places(table: pd.DataFrame) -> Figure:
 
         return draw
 
-    draws = {f"{names[m]}: least at u = {place(shown, m):.3f}": panel(m) for m in names if m in set(shown.measure)}
+    draws = {
+        f"{names[m]}: least at u = {place(shown, m):.3f}".replace("-", "−"): panel(m)
+        for m in names
+        if m in set(shown.measure)
+    }
     by = ["measure", "name", "samples", "paired"]
     middle = shown.groupby(by, sort=False).u.mean().reset_index().rename(columns={"name": "name_"})
     alt = "Resting places in the valley. " + "; ".join(
-        f"{row.name_} of {row.samples} {'paired' if row.paired else 'plain'}: {row.u:.3f}"
+        f"{rule(row.name_)} of {row.samples} {'paired' if row.paired else 'plain'}: {row.u:.3f}"
         for row in middle.itertuples()
     )
     caption = (
@@ -83,7 +96,7 @@ def hyperbola(table: pd.DataFrame) -> Figure:
         return draw
 
     draws = {
-        f"{name}, {'paired' if paired else 'plain'}, λ = {strength:g}": panel(part)
+        f"{rule(name)}, {'paired' if paired else 'plain'}, λ = {strength:g}": panel(part)
         for (name, paired, strength), part in followed.groupby(["name", "paired", "strength"], sort=False)
     }
     away = float((followed.trace / followed.flow - 1).abs().max())
@@ -99,7 +112,7 @@ def hyperbola(table: pd.DataFrame) -> Figure:
 def drift(table: pd.DataFrame, band: tuple[float, float]) -> Figure:
     """Slope of the mean update on the gradient of the measure, on a manifold of minima."""
     chosen = table[table.rho == 0.01]
-    kinds = chosen.name + np.where(chosen.paired, ", paired", ", plain") + ", n = " + chosen.samples.astype(str)
+    kinds = _kinds(chosen)
     rows = list(dict.fromkeys(kinds))
 
     def draw(canvas: Canvas) -> pd.DataFrame:
