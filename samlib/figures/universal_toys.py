@@ -10,6 +10,7 @@ import pandas as pd
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure as Canvas
 
+from ..toys.universal import HYPERBOLA_RULES, hyperbola_flow
 from .shapes import panels
 from .style import COLOURS, FOREGROUND, Figure, drawing
 
@@ -85,10 +86,15 @@ def hyperbola(table: pd.DataFrame) -> Figure:
     followed = table[table.flow.notna()]
     settled = float(table[table.name == "gd"].trace.iloc[0])
 
-    def panel(part: pd.DataFrame) -> Callable[[Axes], None]:
+    def panel(key: tuple[Any, ...], part: pd.DataFrame) -> Callable[[Axes], None]:
+        follows = next(r for r in HYPERBOLA_RULES if (r.name, r.paired, r.strength) == key)
+        assert follows.sharpness is not None
+        steps = np.linspace(0, part.steps.max(), 60)
+        times = (follows.learning_rate * steps[1:]).tolist()
+        flow = hyperbola_flow(follows.sharpness, follows.pull, settled, times)
+
         def draw(axis: Axes) -> None:
-            flow = part.groupby("steps").flow.first()
-            axis.plot([0, *flow.index], [settled, *flow], color=GREY, linestyle=(0, (5, 2)))
+            axis.plot(steps, [settled, *flow], color=GREY, linestyle=(0, (5, 2)))
             axis.errorbar(part.steps, part.trace, yerr=part.trace_sd, fmt="o", color=BLUE, markersize=5)
             axis.axhline(2, color=FOREGROUND, linewidth=0.6)
             axis.set(xlabel="steps", ylabel="tr H")
@@ -96,7 +102,7 @@ def hyperbola(table: pd.DataFrame) -> Figure:
         return draw
 
     draws = {
-        f"{rule(name)}, {'paired' if paired else 'plain'}, λ = {strength:g}": panel(part)
+        f"{rule(name)}, {'paired' if paired else 'plain'}, λ = {strength:g}": panel((name, paired, strength), part)
         for (name, paired, strength), part in followed.groupby(["name", "paired", "strength"], sort=False)
     }
     away = float((followed.trace / followed.flow - 1).abs().max())
