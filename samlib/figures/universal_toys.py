@@ -57,11 +57,7 @@ def resting_places(table: pd.DataFrame) -> Figure:
 
         return draw
 
-    draws = {
-        f"{names[m]}: least at u = {place(shown, m):.3f}".replace("-", "−"): panel(m)
-        for m in names
-        if m in set(shown.measure)
-    }
+    draws = {f"{names[m]}: least at u = {place(shown, m):.3f}": panel(m) for m in names if m in set(shown.measure)}
     by = ["measure", "name", "samples", "paired"]
     middle = shown.groupby(by, sort=False).u.mean().reset_index().rename(columns={"name": "name_"})
     alt = "Resting places in the valley. " + "; ".join(

@@ -15,6 +15,8 @@ from urllib.parse import unquote, urlsplit
 
 from bs4 import BeautifulSoup, Tag
 
+from .typography import typeset
+
 __all__ = ["faults", "setup"]
 
 MATHJAX = ("tex-chtml.js", "output/chtml/fonts")
@@ -78,7 +80,7 @@ def _mend(app: Any, pagename: str, templatename: str, context: dict[str, Any], d
     scripts = context["script_files"]
     context["script_files"] = [s for s in scripts if "thebe" not in f"{s} {getattr(s, 'attributes', '')}".lower()]
     # The items of a list of references have a role that ARIA has withdrawn, so screen readers find the list empty.
-    context["body"] = context.get("body", "").replace('role="doc-biblioentry"', 'role="listitem"')
+    context["body"] = typeset(context.get("body", "").replace('role="doc-biblioentry"', 'role="listitem"'))
 
 
 def _lead_in(app: Any, error: Exception | None) -> None:
