@@ -1,4 +1,5 @@
-"""The command line. Exit codes: 0 done (a diverged run is a result), 1 something failed, 2 the request is invalid."""
+"""The command line. Exit codes: 0 done (a diverged run is a result), 1 something failed, 2 the request is invalid, 130
+interrupted."""
 
 from __future__ import annotations
 

@@ -10,7 +10,7 @@ edge an optimizer has, with the settings that it holds, says :func:`samlib.laws.
 
 References: Long & Bartlett (2024), *Sharpness-Aware Minimization and the Edge of Stability*, arXiv:2309.12488; Cohen et
 al. (2021), arXiv:2103.00065, for momentum; Cohen et al. (2022), arXiv:2207.14484, for Adam; Agarwala & Dauphin (2023),
-arXiv:2302.08692, for unnormalised SAM. Their combinations follow by inserting a; see the theory page of the book.
+arXiv:2302.08692, for unnormalised SAM. Their combinations follow by inserting a; see the page of rules in the book.
 """
 
 from __future__ import annotations
@@ -220,7 +220,7 @@ def sam_negative_range(grad_norm: Real, learning_rate: Real, rho: Real, *, limit
     Raises:
         ValueError: if an argument is out of range.
 
-    Source: the quadratic of :func:`sam_edge`; see the theory page of the book.
+    Source: the quadratic of :func:`sam_edge`; see the page of rules in the book.
 
     >>> sam_negative_range(1.0, 0.5, 0.5)
     (2.0, 4.0)
@@ -256,7 +256,7 @@ def stale_edge(grad_norm: Real, learning_rate: Real, rho: Real) -> Real:
     Raises:
         ValueError: if an argument is out of range.
 
-    Source: the stability of a quadratic map; see the theory page of the book.
+    Source: the stability of a quadratic map; see the page of rules in the book.
 
     >>> stale_edge(0.25, 0.5, 0.5), round(stale_edge(9.0, 0.5, 0.25), 9)
     (1.0, 4.583592135)

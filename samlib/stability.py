@@ -174,7 +174,7 @@ def two_cycle_radius(curvature: Real, learning_rate: Real, rho: Real, *, limit: 
     Raises:
         ValueError: if λ is not within (0, c/η): there is no cycle then.
 
-    Source: Bartlett, Long & Bousquet (2023), arXiv:2210.01513, and the theory page of the book.
+    Source: Bartlett, Long & Bousquet (2023), arXiv:2210.01513, and the pages of theory and rules in the book.
 
     >>> two_cycle_radius(2.0, 0.5, 0.1)
     0.1

@@ -59,6 +59,20 @@ def test_a_ratio_of_one_without_a_fall_does_not():
     assert verdict("sam", [synthetic(ratio=1.5)]).outcome == "not reproduced"
 
 
+def test_a_fall_from_above_the_edge_is_none_at_the_edge():
+    """An unstable start: λ comes down to the edge, and stays."""
+    start = np.where(STEPS < 300, 20.0, 1.0)
+    above = {"edge_ratio": start, "operator_norm": 2 * start, "eigenvalue_1": 2 * start}
+    down = synthetic(falling=False, **above)
+    assert verdict("sam", [down]).outcome == "reproduced"
+    assert verdict("falls", [down]).outcome == "not reproduced"
+    assert verdict("falls", [down]).value == pytest.approx(1)
+    assert verdict("falls", [down]).details.since_step[0] == 300
+    on = verdict("falls", [synthetic()])
+    assert (on.outcome, on.value) == ("reproduced", pytest.approx(4))
+    assert verdict("falls", [synthetic(ratio=2.0), synthetic(rho=0)]).outcome == "not recorded"
+
+
 def test_shares_decide():
     good, bad = ([synthetic(seed=s, ratio=r) for s in range(10)] for r in (1.0, 2.0))
     assert verdict("sam", good[:8] + bad[8:]).outcome == "reproduced"

@@ -233,7 +233,7 @@ CLAIMS = (
         "SAM with a held perturbation trains at the SAM edge.",
         "what Long & Bartlett (2024) found for SAM",
         "run",
-        "median of ‖H‖/sam_edge over the last half of training, k ≤ 10",
+        "median of ‖H‖/SAM edge over the last half of training, k ≤ 10",
         _EDGE,
         _at_the_sam_edge,
         _HERE,
@@ -253,7 +253,7 @@ CLAIMS = (
     ),
     Claim(
         "previous_edge",
-        "With β = 0 the cached perturbation trains at ‖u‖/ρ, whatever the learning rate.",
+        "With β = 0 the cached perturbation trains at ‖u‖/ρ.",
         _OWN,
         "run",
         "median of ρλ/‖u‖ over the last half of training",

@@ -59,13 +59,16 @@ def directions(runs: Iterable[Run]) -> Figure:
 
         return draw
 
-    old = frame[frame.place >= 3].groupby(["set", "beta"], sort=False).cosine.mean().reset_index()
-    means = zip(old.set.tolist(), old.beta.tolist(), old.cosine.tolist(), strict=True)
+    old = frame[frame.place >= 3].assign(total=lambda rows: rows.cosine * rows.steps)
+    old = old.groupby(["set", "beta"], sort=False)[["total", "steps"]].sum().reset_index()
+    means = zip(old.set.tolist(), old.beta.tolist(), (old.total / old.steps).tolist(), strict=True)
     words = "; ".join(f"{SETS[name]} with β = {beta:g}: {cosine:+.2f}" for name, beta, cosine in means)
     alt = f"Cosine of the cached perturbation with the gradient by age. Mean from four steps on: {words}"
     caption = (
         "Cosine of the perturbation with the gradient of the step's mini-batch, at the weights themselves. Lines are "
-        "medians over splits, bands their range; the first epoch is left out. From four steps on: " + words + "."
+        "medians over splits, bands their range; the first epoch is left out. Mean of all from four steps on: "
+        + words
+        + "."
     )
     behind = [run for run in of_quality(runs) if run.id in set(frame.run_id)]
     return panels(

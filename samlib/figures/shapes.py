@@ -128,7 +128,7 @@ def forest(verdict: Verdict, label: Callable[[Any], str] | None = None, log: boo
     names = [c for c in list(details)[1 : list(details).index(column)] if c != "seed"]
 
     def usual(row: Any) -> str:
-        return ", ".join(f"{n} = {row[n]:g}" if isinstance(row[n], float) else f"{n} {row[n]}" for n in names)
+        return ", ".join(row[n] if isinstance(row[n], str) else f"{n} = {row[n]:g}" for n in names)
 
     rows = details.apply(label or usual, axis=1) if len(details) else pd.Series(dtype=str)
     order = list(dict.fromkeys(rows))
@@ -152,14 +152,15 @@ def forest(verdict: Verdict, label: Callable[[Any], str] | None = None, log: boo
         axis.plot([verdict.value], [last], "D", color=FOREGROUND, markersize=7)
         if log:
             axis.set_xscale("log")
-        left, right = axis.get_xlim()
         if finite := [end for end in (low, high) if np.isfinite(end)]:
             # A band that no unit lies in is shown all the same.
-            left, right = min(left, *finite), max(right, *finite)
+            axis.update_datalim([(end, 0) for end in finite], updatey=False)
+            axis.autoscale_view(scaley=False)
+            left, right = axis.get_xlim()
             axis.axvspan(max(low, left), min(high, right), color=COLOURS["loss"], alpha=0.13, linewidth=0, zorder=0)
             axis.set_xlim(left, right)
         axis.set_yticks([*range(last), last], [*order, "all"])
-        axis.invert_yaxis()
+        axis.set_ylim(last + 0.5, -0.5)
         axis.set_xlabel("\n".join(words))
         return details
 
