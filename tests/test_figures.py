@@ -13,6 +13,7 @@ from samlib.cli import app
 from samlib.experiments import EXPERIMENTS
 
 from .conftest import ROOT, small_config
+from .test_claims import synthetic
 
 
 @pytest.fixture(scope="module")
@@ -212,7 +213,7 @@ def test_words_give_the_numbers_of_the_runs(runs):
 
     halves = [run.measurements[run.measurements.step >= run.measurements.step.max() / 2] for run in sharpness_aware]
     ratios = [half.edge_ratio.median() for half in halves]
-    found = _numbers(figures.ratios_in_words(runs))
+    found = _numbers(figures.ratios_in_words(runs).partition(" Once")[0])
     every = pd.concat(halves).edge_ratio
     np.testing.assert_allclose(
         found, [0, np.median(ratios), *_low_high(ratios), every.min(), every.max()], atol=0.00501
@@ -226,6 +227,16 @@ def test_words_give_the_numbers_of_the_runs(runs):
     found = _numbers(figures.losses_in_words(runs))
     means = [np.mean([run.last[c] for run in g]) for c in ("loss", "test_metric") for g in (sharpness_aware, plain)]
     np.testing.assert_allclose(found, [0.1, 0, plain[0].config.learning_rate, *means], rtol=0.06)
+
+
+def test_words_say_how_the_curvature_falls_at_the_edge_beside_a_control():
+    start = np.where(np.arange(61) < 12, 20.0, 1.0)
+    from_above = synthetic(falling=False, edge_ratio=start, operator_norm=2 * start, eigenvalue_1=2 * start)
+    plain = [synthetic(rho=0), synthetic(rho=0, ratio=0.4)]
+    at = " Once there, λ falls by a factor of {} in the median to the end of training{}."
+    assert figures.ratios_in_words([synthetic(), *plain]).endswith(at.format("4.00", "; without SAM, at 2/η, by 1.00"))
+    assert figures.ratios_in_words([from_above]).endswith(at.format("1.00", ""))
+    assert "falls" not in figures.ratios_in_words([synthetic(ratio=2.0), *plain])
 
 
 def _low_high(values):

@@ -15,7 +15,7 @@ from .base import (
     rows_at_an_edge,
 )
 from .chapters import CHAPTERS, SYSTEMS, publish_toys, published_toys
-from .paper import CLAIMS
+from .paper import CLAIMS, fall_at_the_edge
 from .verdicts import agrees_with_record, of_chapter, of_experiment, record, recorded, table, verdicts
 
 __all__ = [
@@ -32,6 +32,7 @@ __all__ = [
     "agrees_with_record",
     "bootstrap",
     "evaluate",
+    "fall_at_the_edge",
     "last_half",
     "of_chapter",
     "of_experiment",

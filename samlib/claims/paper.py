@@ -13,7 +13,7 @@ import numpy as np
 from ..runs import Run
 from .base import Claim, Evidence, Unit, last_half
 
-__all__ = ["CLAIMS"]
+__all__ = ["CLAIMS", "fall_at_the_edge"]
 
 NEAR_THE_EDGE = (0.9, 1.2)  # a ratio of operator norm and edge that counts as being at the edge
 FALLS_BY = 1.2  # factor by which λ itself must fall after contact
@@ -47,14 +47,17 @@ def _sam_at_its_edge(run: Run, _: Sequence[Run]) -> dict[str, float] | None:
     return {"ratio": ratio, "fall": fall, "slope": slope, "largest_ratio": rows.edge_ratio[rows.step > 0].max()}
 
 
-def _falls_on(run: Run, _: Sequence[Run]) -> dict[str, float] | None:
-    if not _is_sam(run):
-        return None
+def fall_at_the_edge(run: Run) -> dict[str, float] | None:
+    """λ where the norm is first near its edge, over λ at the end; None if that is not within the run."""
     rows = run.measurements
     after = rows[rows.edge_ratio.between(*NEAR_THE_EDGE).cummax()]
     if len(after) < 3:
         return None
     return {"fall": after.eigenvalue_1.iloc[0] / after.eigenvalue_1.iloc[-1], "since_step": after.step.iloc[0]}
+
+
+def _falls_on(run: Run, _: Sequence[Run]) -> dict[str, float] | None:
+    return fall_at_the_edge(run) if _is_sam(run) else None
 
 
 def _far_below(run: Run, _: Sequence[Run]) -> dict[str, float] | None:

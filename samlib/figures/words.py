@@ -8,7 +8,7 @@ import numpy as np
 from numpy.typing import ArrayLike
 from scipy.stats import sem
 
-from ..claims import last_half
+from ..claims import fall_at_the_edge, last_half
 from ..experiments import find
 from ..runs import Run
 from ..selection import edge_of, grouped
@@ -35,7 +35,7 @@ def norms_in_words(runs: Sequence[Run]) -> str:
 
 
 def ratios_in_words(runs: Sequence[Run]) -> str:
-    """Where the ratio of norm and edge lies in the last half of training."""
+    """Where the ratio of norm and edge lies in the last half of training; and how λ falls at the edge."""
     sharpness_aware = _finished(runs, True)
     if not sharpness_aware:
         return ""
@@ -46,6 +46,19 @@ def ratios_in_words(runs: Sequence[Run]) -> str:
         f"In the last half of training with ρ > 0 the norm is {np.median(middles):.2f} times the "
         f"{edge_of(sharpness_aware)} in the median over runs, {_range(middles)} times in each of them; single "
         f"measurements lie between {min(lows):.2f} and {max(highs):.2f}."
+    ) + _falls(sharpness_aware, _finished(runs, False))
+
+
+def _falls(sharpness_aware: Sequence[Run], plain: Sequence[Run]) -> str:
+    """By how much λ falls from where a run is first near its edge, beside the same without SAM."""
+    with_sam, without = (
+        [found["fall"] for run in group if (found := fall_at_the_edge(run))] for group in (sharpness_aware, plain)
+    )
+    if not with_sam:
+        return ""
+    control = f"; without SAM, at 2/η, by {np.median(without):.2f}" if without else ""
+    return (
+        f" Once there, λ falls by a factor of {np.median(with_sam):.2f} in the median to the end of training{control}."
     )
 
 
