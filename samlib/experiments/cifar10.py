@@ -44,7 +44,7 @@ CIFAR10 = Experiment(
     settings=CNNSettings,
     profiles={
         "quick": {"examples": 200, "width": 8, "depth": 2, "steps": 150, "measure_every": 10},
-        "reduced": {"examples": 1000, "width": 16, "depth": 2, "steps": 150, "measure_every": 10},
+        "reduced": {"examples": 1000, "width": 16, "depth": 2, "steps": 250, "measure_every": 10},
         "paper": {"examples": 1000, "width": 16, "depth": 2, "steps": 5000, "measure_every": 25},
     },
     chunk=50,  # fits the cache
