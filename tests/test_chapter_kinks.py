@@ -22,7 +22,7 @@ def run_of(config, read, reading=1.0):
     step = np.arange(0, 101, 20)
     rows = {"step": step, "loss": 0.1, "eigenvalue_1": 2.0, "operator_norm": 2.0, "edge": 2.0, "edge_ratio": 1.0}
     rows |= {f"difference_{s:g}": 2.0 * read(s) for s in STEPS}
-    rows |= {"reference_norm": 2.0 * reading, "gauss_newton_norm": 1.9}
+    rows |= {"reference_norm": 2.0 * reading, "converged_norm": 2.2 * reading, "gauss_newton_norm": 1.9}
     return Run(config.experiment, config, pd.DataFrame(rows), "finished", {"standin": False})
 
 
@@ -53,7 +53,9 @@ def test_the_pictures_show_every_run_and_length():
     assert lengths.svg.count("<svg") == len(runs)
     assert set(lengths.data.length) == set(STEPS)
     assert "MNIST 2.00" in lengths.alt
-    assert pictures.readings(runs).data["Gauss–Newton"].unique() == pytest.approx([0.95])
+    readings = pictures.readings(runs)
+    assert readings.data["Gauss–Newton"].unique() == pytest.approx([0.95])
+    assert "MNIST 1.000, and 1.100 for the 6 of 6 that settle" in readings.caption
 
 
 def test_the_page_takes_parameters_and_is_in_the_contents():
