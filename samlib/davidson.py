@@ -57,11 +57,10 @@ class Wanted:
         Where the principal value is to be told from the next, one on the other side too.
         """
         spare = max(room - self.high - self.low, 0)
-        if self.separate and self.low and spare > 1:
-            return _ends(count, self.high + spare - 1, self.low + 1)
+        other = int(self.separate and spare > 1 and min(self.high, self.low) > 0)
         if self.high >= self.low:
-            return _ends(count, self.high + spare, self.low)
-        return _ends(count, self.high, self.low + spare)
+            return _ends(count, self.high + spare - other, self.low + other)
+        return _ends(count, self.high + other, self.low + spare - other)
 
     def upper(self, index: int, value: float) -> bool:
         """Whether a wanted pair belongs to the upper end."""
