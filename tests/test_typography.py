@@ -13,6 +13,7 @@ from samlib.site.typography import typeset
         ("u = -0.116 (-1, +2)", "u = −0.116 (−1, +2)"),
         ("ηλ_gen/2 and K_tr ≤ K", "ηλ<sub>gen</sub>/2 and K<sub>tr</sub> ≤ K"),
         ("‖H‖_F of i^-0.5", "‖H‖<sub>F</sub> of i<sup>−0.5</sup>"),
+        ("¼‖H‖²_F", "¼‖H‖²<sub>F</sub>"),
         ("scales i^−½", "scales i<sup>−½</sup>"),
         ("2026-11-29, 2404-19261, pages 3-4, a-1, --jobs, x_max, λ_maximum", None),
         ("Agarwala and Pennington, CIFAR-10, GELU-2", None),

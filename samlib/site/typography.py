@@ -13,7 +13,7 @@ _PIECE = re.compile(
     re.DOTALL,
 )
 _MINUS = re.compile(r"(?<![\w.)/-])-(?=\d)")
-_LOW = re.compile(r"(?<=[λK‖])_(max|min|gen|tr|F)\b")
+_LOW = re.compile(r"(?<=[λK‖²])_(max|min|gen|tr|F)\b")
 _HIGH = re.compile(r"(?<=\w)\^(−?(?:\d+\.?\d*|½))")
 
 
